@@ -1,0 +1,157 @@
+"""Slow, obvious implementations of the published algorithms, for the tests to compare with.
+
+Written from the papers and the description of their released code: loops over experts, full
+SVDs, autograd and torch.optim. Nothing here uses the package.
+"""
+
+import torch
+from torch import Tensor
+
+
+def interference_loss(tau: Tensor, task_vectors, targets, subspaces) -> Tensor:
+    """Eq. 1 and 3: Σi ‖(τ − Ti) Liᵀ‖²F / ‖τi‖²F, a zero task vector counting for nothing."""
+    loss = 0.0 * tau.sum()
+    for task_vector, target, subspace in zip(task_vectors, targets, subspaces, strict=True):
+        energy = task_vector.square().sum()
+        if energy > 0:
+            loss = loss + ((tau - target) @ subspace.T).square().sum() / energy
+    return loss
+
+
+def descend(task_vectors, targets, subspaces, start, optimizer, learning_rate, momentum, steps):
+    """The merged task vector after the steps, and (step, loss, norm) before and along them."""
+    tau = start.clone().requires_grad_()
+    if optimizer == "adam":
+        descent = torch.optim.Adam([tau], lr=learning_rate)
+    else:
+        descent = torch.optim.SGD([tau], lr=learning_rate, momentum=momentum)
+    trace = []
+    for step in range(steps + 1):
+        loss = interference_loss(tau, task_vectors, targets, subspaces)
+        trace.append((step, loss.item(), tau.detach().norm().item()))
+        if step < steps:
+            descent.zero_grad()
+            loss.backward()
+            descent.step()
+    return tau.detach(), trace
+
+
+def svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return U[:, :rank], S[:rank], Vh[:rank]
+
+
+def wudi(task_vectors, learning_rate=1e-5, optimizer="adam", momentum=0.9, steps=300, init="sum"):
+    start = task_vectors.sum(0) if init == "sum" else task_vectors.mean(0)
+    return descend(
+        task_vectors, task_vectors, task_vectors, start, optimizer, learning_rate, momentum, steps
+    )
+
+
+def optmerge_full(task_vectors, learning_rate=1e-5, steps=300, paper=False):
+    """Centred targets; the subspace of the uncentred SVD (released code) or the centred (paper)."""
+    experts, rows, columns = task_vectors.shape
+    rank = max(min(rows, columns) // experts, 1)
+    mean = task_vectors.mean(0)
+    targets, subspaces = [], []
+    for task_vector in task_vectors:
+        U, S, Vh = svd(task_vector - mean, rank)
+        targets.append(U @ torch.diag(S) @ Vh + mean)
+        if not paper:
+            _, S, Vh = svd(task_vector, rank)
+        subspaces.append(torch.diag(S) @ Vh)
+    start = task_vectors.sum(0)
+    return descend(task_vectors, targets, subspaces, start, "adam", learning_rate, 0.0, steps)
+
+
+def optmerge_lora(task_vectors, learning_rate=1e-4, steps=300):
+    experts, rows, columns = task_vectors.shape
+    rank = max(min(rows, columns) // experts, 1)
+    targets, subspaces = [], []
+    for task_vector in task_vectors:
+        U, S, Vh = svd(task_vector, rank)
+        targets.append(U @ torch.diag(S) @ Vh)
+        subspaces.append(torch.diag(S) @ Vh)
+    start = task_vectors.mean(0)
+    return descend(task_vectors, targets, subspaces, start, "sgd", learning_rate, 0.9, steps)
+
+
+def optmerge_modality(task_vectors, learning_rate=5e-2, steps=300):
+    rank = max(min(task_vectors.shape[1:]) // 5, 1)
+    targets = []
+    for task_vector in task_vectors:
+        U, S, Vh = svd(task_vector, rank)
+        targets.append(U @ torch.diag(S) @ Vh)
+    start = task_vectors.mean(0)
+    return descend(task_vectors, targets, task_vectors, start, "sgd", learning_rate, 0.9, steps)
+
+
+def _quadratic_form(task_vectors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    columns = task_vectors.shape[2]
+    C, D = torch.zeros(columns, columns).to(task_vectors), torch.zeros_like(task_vectors[0])
+    for task_vector in task_vectors:
+        energy = task_vector.square().sum()
+        if energy > 0:
+            C += task_vector.T @ task_vector / energy
+            D += task_vector @ task_vector.T @ task_vector / energy
+    eigenvalues, V = torch.linalg.eigh(C)
+    return D, eigenvalues.clamp(min=1e-8), V, task_vectors.sum(0)
+
+
+def swudi(task_vectors: Tensor, exp_time=300.0, rank_ratio=0.65) -> Tensor:
+    D, eigenvalues, V, S = _quadratic_form(task_vectors)
+    columns = len(eigenvalues)
+    merged = S.clone()
+    for j in range(columns - int(-(-rank_ratio * columns // 1)), columns):
+        f = 1 - torch.exp(-exp_time * eigenvalues[j])
+        v = V[:, j]
+        merged += torch.outer(D @ v * f / eigenvalues[j] - S @ v * f, v)
+    return merged
+
+
+def aswudi(task_vectors: Tensor) -> Tensor:
+    D, eigenvalues, V, S = _quadratic_form(task_vectors)
+    columns = len(eigenvalues)
+    leading = int(torch.ceil(eigenvalues.sqrt().sum() ** 2 / eigenvalues.sum()))
+    merged = S.clone()
+    for j in range(max(columns - leading, 0), columns):
+        v = V[:, j]
+        merged += torch.outer(D @ v / eigenvalues[j] - S @ v, v)
+    return merged
+
+
+def ties(task_vectors: Tensor, density: float = 0.2) -> Tensor:
+    """One entry at a time."""
+    experts = len(task_vectors)
+    flat = task_vectors.reshape(experts, -1).tolist()
+    size = len(flat[0])
+    k = int((1 - density) * size)
+    trimmed = []
+    for expert in flat:
+        threshold = sorted(map(abs, expert))[k - 1] if k else 0.0
+        trimmed.append([x if abs(x) >= threshold else 0.0 for x in expert])
+    sums = [sum(expert[j] for expert in trimmed) for j in range(size)]
+    balance = sum((total > 0) - (total < 0) for total in sums)
+    merged = []
+    for j in range(size):
+        direction = sums[j] or balance
+        values = [expert[j] for expert in trimmed if expert[j] * direction > 0]
+        merged.append(sum(values) / len(values) if values else 0.0)
+    return torch.tensor(merged, dtype=task_vectors.dtype).view(task_vectors.shape[1:])
+
+
+def tsv(task_vectors: Tensor) -> Tensor:
+    experts, rows, columns = task_vectors.shape
+    rank = max(min(rows, columns) // experts, 1)
+    parts = [svd(task_vector, rank) for task_vector in task_vectors]
+    U = torch.cat([U for U, _, _ in parts], dim=1)
+    S = torch.cat([S for _, S, _ in parts])
+    Vh = torch.cat([Vh for _, _, Vh in parts], dim=0)
+    P_U, _, Q_U = torch.linalg.svd(U, full_matrices=False)
+    P_V, _, Q_V = torch.linalg.svd(Vh, full_matrices=False)
+    return P_U @ Q_U @ torch.diag(S) @ P_V @ Q_V
+
+
+def iso_c(task_vectors: Tensor) -> Tensor:
+    U, S, Vh = torch.linalg.svd(task_vectors.sum(0), full_matrices=False)
+    return U @ torch.diag(torch.full_like(S, S.mean().item())) @ Vh
