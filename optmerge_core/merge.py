@@ -1,0 +1,213 @@
+"""The one loop: read a parameter of all experts, stack, merge, write; then the next.
+
+The only place where files (`checkpoints`) and mathematics (`methods`) meet. Everything that can be
+refused is refused before anything is written.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from optmerge_core.checkpoints import Checkpoint, open_checkpoint
+from optmerge_core.checks import (
+    check_experts,
+    check_finite,
+    check_folders,
+    check_request,
+    dtype_name,
+    in_range,
+    parse_device,
+    parse_dtype,
+)
+from optmerge_core.methods import METHODS, dare
+from optmerge_core.parameters import mergeable
+from optmerge_core.report import MergeReport, peak_memory, reset_peak_memory
+from optmerge_core.task_vectors import TaskVectors, apply, derive_seed, model_thresholds
+from optmerge_core.writer import CheckpointWriter, check_output
+
+
+def merge(
+    base_model: str | Path,
+    experts: Mapping[str, str | Path],
+    output_dir: str | Path,
+    *,
+    method: str = "optmerge",
+    method_options: Mapping[str, Any] | None = None,
+    scaling_coefficient: float = 1.0,
+    device: str = "auto",
+    dtype: str | torch.dtype | None = None,
+    trim: str = "tensor",
+    seed: int = 0,
+    overwrite: bool = False,
+    family: str | None = None,
+    max_shard_size: int | str = "1GB",
+) -> MergeReport:
+    """Merge fine-tuned experts of one base model into a complete Hugging Face folder.
+
+    `base_model` and the values of `experts` (name -> location) are folders or hub ids. A parameter
+    that merges (see `parameters.mergeable`; `family` replaces config.json's model type) becomes
+    base + scaling_coefficient * METHODS[method](stack of task vectors), computed in float32 on
+    `device` and stored in the base's dtype. All else is the base's, byte for byte. With `dtype`,
+    every floating-point parameter is stored in that dtype. `trim="model"` lets the TIES methods
+    trim over the whole model instead of per tensor, at the cost of two more readings.
+
+    Memory: one parameter of all experts with the method's workspace, and one output shard. Besides
+    the merge itself every input is read twice: before it to look for NaN and Inf, after it to hash
+    the files for the report.
+
+    Raises `ValueError` (`CheckpointError` for files), and nothing is left at `output_dir`.
+    """
+    started = time.perf_counter()
+    options = dict(method_options or {})
+    check_request(experts, method, options, scaling_coefficient, trim)
+    check_output(output_dir, overwrite=overwrite)
+    device, dtype = parse_device(device), parse_dtype(dtype)
+    reset_peak_memory(device)
+
+    base = open_checkpoint(base_model)
+    opened = {name: open_checkpoint(location) for name, location in experts.items()}
+    model_type = family or base.config().get("model_type")
+    names = mergeable(base.shapes(), model_type)
+    check_experts(base, opened, names, model_type)
+    check_folders(base, opened, Path(output_dir))
+    stored = {
+        name: dtype if dtype and base.dtype(name).is_floating_point else base.dtype(name)
+        for name in base
+    }
+    expected_bytes = sum(math.prod(base.shape(name)) * stored[name].itemsize for name in base)
+    writer = CheckpointWriter(
+        output_dir, max_shard_size, overwrite=overwrite, expected_bytes=expected_bytes
+    )
+    check_finite(base, opened, names)
+
+    task_vectors = TaskVectors(base, opened, names, device)
+    merge_parameter = _parameter_merger(task_vectors, method, options, seed, trim)
+    merging, records = frozenset(names), []
+    with writer:
+        for name in tqdm(base, desc=f"merging ({method})", unit="parameter"):
+            tensor = base[name]
+            if name in merging:
+                stack, merged = merge_parameter(name)
+                records.append(_record(name, stack, merged, task_vectors.expert_names))
+                tensor = apply(tensor, merged, scaling_coefficient, stored[name])
+            writer.add(name, in_range(name, tensor.to(stored[name])))
+        writer.copy_side_files(base.folder)
+        if dtype is not None:
+            config = _with_dtype(base.config() | {"dtype": ""}, dtype_name(dtype))
+            writer.write_text("config.json", json.dumps(config, indent=2) + "\n")
+        peak_memory_bytes, peak_device_memory_bytes = peak_memory(device)
+        report = MergeReport(
+            output_dir=str(output_dir),
+            method=method,
+            method_options=options,
+            scaling_coefficient=scaling_coefficient,
+            trim=trim,
+            seed=seed,
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+            dtype=dtype and dtype_name(dtype),
+            model_type=model_type,
+            base_model=_describe(base_model, base),
+            experts={name: _describe(experts[name], opened[name]) for name in opened},
+            parameters=records,
+            parameters_kept=len(base) - len(names),
+            seconds=time.perf_counter() - started,
+            peak_memory_bytes=peak_memory_bytes,
+            peak_device_memory_bytes=peak_device_memory_bytes,
+            versions={name: version(name) for name in ("torch", "safetensors")},
+        )
+        writer.write_text("merge_report.json", report.to_json())
+        writer.write_text("README.md", report.model_card(base.config()))
+    return report
+
+
+def merge_tensors(
+    base: Mapping[str, Tensor],
+    experts: Mapping[str, Mapping[str, Tensor]],
+    names: Iterable[str],
+    *,
+    method: str = "optmerge",
+    method_options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    trim: str = "tensor",
+) -> dict[str, Tensor]:
+    """Merged task vectors, name -> (*shape) float32 on the CPU, by the loop body of `merge`.
+
+    For trying many scaling coefficients in memory: the merged model has `task_vectors.apply(
+    base[name], merged[name], scaling_coefficient)` for these names, the base's values elsewhere.
+    Raises `ValueError` as `merge` does for methods, options and shapes.
+    """
+    options = dict(method_options or {})
+    check_request(experts, method, options, 1.0, trim)
+    task_vectors = TaskVectors(base, experts, names, parse_device(device))
+    merge_parameter = _parameter_merger(task_vectors, method, options, seed, trim)
+    progress = tqdm(task_vectors, desc=f"merging ({method})", unit="parameter", leave=False)
+    return {name: merge_parameter(name)[1].cpu() for name in progress}
+
+
+def _parameter_merger(
+    task_vectors: TaskVectors, method: str, options: dict[str, Any], seed: int, trim: str
+) -> Callable[[str], tuple[Tensor, Tensor]]:
+    """The loop body: name -> (stack (experts, *shape), merged task vector (*shape))."""
+
+    def random(name: str) -> dict[str, list[torch.Generator]]:
+        if not method.startswith("dare_"):
+            return {}
+        # CPU generators on every device: the same entries are dropped wherever the merge runs.
+        seeds = [derive_seed(seed, name, expert) for expert in task_vectors.expert_names]
+        return {"generator": [torch.Generator().manual_seed(value) for value in seeds]}
+
+    def before_trimming() -> Iterator[Tensor]:
+        for name in tqdm(task_vectors, desc="trimming", unit="parameter", leave=False):
+            stack = task_vectors[name]
+            if method == "dare_ties":
+                stack = dare(stack, settings["drop_rate"], **random(name))
+            yield stack
+
+    if trim == "model":
+        parameters = inspect.signature(METHODS[method]).parameters.values()
+        settings = {parameter.name: parameter.default for parameter in parameters} | options
+        thresholds = model_thresholds(before_trimming, settings["density"])
+        options = options | {"thresholds": thresholds}
+
+    def merge_parameter(name: str) -> tuple[Tensor, Tensor]:
+        stack = task_vectors[name]
+        return stack, METHODS[method](stack, **options, **random(name))
+
+    return merge_parameter
+
+
+def _record(name: str, stack: Tensor, merged: Tensor, expert_names: list[str]) -> dict[str, Any]:
+    norms = [torch.linalg.vector_norm(x, dtype=torch.float64).item() for x in (merged, *stack)]
+    return {
+        "name": name,
+        "shape": list(merged.shape),
+        "merged_norm": norms[0],
+        "expert_norms": dict(zip(expert_names, norms[1:], strict=True)),
+    }
+
+
+def _describe(location: str | Path, checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "location": str(location),
+        "revision": checkpoint.revision,
+        "sha256": checkpoint.sha256(),
+    }
+
+
+def _with_dtype(config: dict, dtype: str) -> dict:
+    """config.json of a model stored in another dtype: its dtype entries at any depth replaced."""
+    changed = {key: _with_dtype(x, dtype) for key, x in config.items() if isinstance(x, dict)}
+    changed |= dict.fromkeys(config.keys() & {"dtype", "torch_dtype"}, dtype)
+    return config | changed

@@ -1,0 +1,180 @@
+"""Task vectors, tensor by tensor: extraction, algebra, norms and magnitudes.
+
+A task vector is expert - base_model (the paper's tau_i). Nothing here holds more than one parameter
+of all experts at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from optmerge_core.parameters import layer_index, module_kind
+
+
+class TaskVectors(Mapping[str, Tensor]):
+    """Lazy mapping parameter name -> (experts, *shape) float32 stack of expert - base.
+
+    `base` and each of `experts` (a mapping expert name -> parameters) map parameter name -> tensor:
+    a `Checkpoint`, a state dict. `names` are the parameters to offer. Each access computes the
+    stack anew, in float32 on `device`. Raises `ValueError` for no experts, and on access for a
+    parameter that an expert lacks or has in another shape.
+    """
+
+    def __init__(
+        self,
+        base: Mapping[str, Tensor],
+        experts: Mapping[str, Mapping[str, Tensor]],
+        names: Iterable[str],
+        device: str | torch.device = "cpu",
+    ):
+        if not experts:
+            raise ValueError("no experts: give at least one (name -> parameters)")
+        self.base = base
+        self.experts = dict(experts)
+        self.expert_names = list(self.experts)
+        self.names = list(names)
+        self.device = torch.device(device)
+        self._offered = frozenset(self.names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._offered:
+            raise KeyError(name)
+        base = self.base[name].to(self.device, torch.float32)
+        stack = torch.empty((len(self.experts), *base.shape), device=self.device)
+        for task_vector, (expert_name, expert) in zip(stack, self.experts.items(), strict=True):
+            tensor = expert.get(name)
+            if tensor is None or tensor.shape != base.shape:
+                found = "does not have it" if tensor is None else f"has shape {tuple(tensor.shape)}"
+                raise ValueError(
+                    f"{name}: expert {expert_name} {found}, the base has {tuple(base.shape)}; "
+                    "an expert must be a fine-tuned copy of the base model"
+                )
+            task_vector.copy_(tensor).sub_(base)
+        return stack
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def apply(
+    base_tensor: Tensor,
+    merged_task_vector: Tensor,
+    scaling_coefficient: float,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """base + scaling_coefficient * merged_task_vector, computed in float32.
+
+    Same shape for both; the result has `dtype` (default: the base tensor's) and the merged task
+    vector's device.
+    """
+    base = base_tensor.to(merged_task_vector.device, torch.float32)
+    merged = base + scaling_coefficient * merged_task_vector
+    return merged.to(dtype or base_tensor.dtype)
+
+
+def model_thresholds(stacks: Callable[[], Iterable[Tensor]], density: float) -> Tensor:
+    """The k-th smallest magnitude of each expert over a whole model, k = int((1 - density) size).
+
+    `stacks()` yields the float32 stacks (experts, *shape) of all parameters; it is called twice.
+    Exact, in memory that does not grow with the model: the bits of a non-negative float32 sort like
+    the number, so a histogram of their upper halves finds the threshold's upper half, and a second
+    one, of the lower halves below that upper half, finds the rest. Returns (experts,), 0 for k = 0.
+    """
+    upper = _histograms(stacks(), lambda bits, expert: bits >> 16)
+    k = int((1 - density) * int(upper[0].sum()))
+    if k == 0:
+        return torch.zeros(len(upper))
+    cumulative = upper.cumsum(1)
+    halves = (cumulative < k).sum(1)
+    below = (cumulative - upper).gather(1, halves[:, None])
+    lower = _histograms(
+        stacks(), lambda bits, expert: bits[bits >> 16 == halves[expert].item()] & 0xFFFF
+    )
+    rest = (lower.cumsum(1) < k - below).sum(1)
+    return (halves << 16 | rest).to(torch.int32).view(torch.float32)
+
+
+def _histograms(stacks: Iterable[Tensor], half: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Counts (experts, 65536) of the 16 bits that `half` takes of an expert's magnitudes."""
+    counts = torch.tensor(0)
+    for stack in stacks:
+        rows = stack.flatten(1).abs().view(torch.int32)
+        halves = [torch.bincount(half(row, i), minlength=1 << 16) for i, row in enumerate(rows)]
+        counts = counts + torch.stack(halves).cpu()
+    return counts
+
+
+def layer_norms(task_vectors: TaskVectors) -> pd.DataFrame:
+    """One row per parameter and expert: the Frobenius norms behind the paper's Fig. 2c.
+
+    Columns: parameter, layer, kind, expert, size (number of entries), base_norm, norm,
+    norm_per_parameter (norm / size, the paper's measure) and relative_norm (norm / base_norm).
+    """
+    rows = []
+    for name in task_vectors:
+        base_norm = _norm(task_vectors.base[name])
+        for expert, task_vector in zip(task_vectors.expert_names, task_vectors[name], strict=True):
+            rows.append(
+                {
+                    "parameter": name,
+                    "layer": layer_index(name),
+                    "kind": module_kind(name),
+                    "expert": expert,
+                    "size": task_vector.numel(),
+                    "base_norm": base_norm,
+                    "norm": _norm(task_vector),
+                }
+            )
+    table = pd.DataFrame(rows)
+    table["norm_per_parameter"] = table["norm"] / table["size"]
+    table["relative_norm"] = table["norm"] / table["base_norm"]
+    return table
+
+
+def magnitudes(task_vectors: TaskVectors, sample: int = 2000, seed: int = 0) -> pd.DataFrame:
+    """A sample of |entries| of the task vectors, for distributions as in the paper's Fig. 2a.
+
+    At most `sample` entries of each parameter, the same ones for all experts. Columns: parameter,
+    layer, kind, expert, magnitude, weight (how many entries of the parameter one row stands for:
+    weigh a histogram over several parameters by it).
+    """
+    frames = []
+    for name in task_vectors:
+        stack = task_vectors[name].flatten(1)
+        size = stack.shape[1]
+        drawn = min(sample, size)
+        generator = np.random.default_rng(derive_seed(seed, name))
+        index = torch.from_numpy(generator.choice(size, drawn, replace=False))
+        values = stack[:, index.to(stack.device)].abs().cpu().numpy()
+        frames.append(
+            pd.DataFrame(
+                {
+                    "parameter": name,
+                    "layer": layer_index(name),
+                    "kind": module_kind(name),
+                    "expert": np.repeat(task_vectors.expert_names, drawn),
+                    "magnitude": values.reshape(-1),
+                    "weight": size / drawn,
+                }
+            )
+        )
+    return pd.concat(frames, ignore_index=True)
+
+
+def derive_seed(seed: int, *parts: str) -> int:
+    """A 63-bit seed that hangs on `seed` and `parts` only, not on the order of work."""
+    digest = hashlib.sha256("\0".join([str(seed), *parts]).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _norm(tensor: Tensor) -> float:
+    return torch.linalg.vector_norm(tensor.to(torch.float32), dtype=torch.float64).item()

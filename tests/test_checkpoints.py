@@ -1,0 +1,236 @@
+import json
+import shutil
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from optmerge_core.checkpoints import INDEX_NAME, CheckpointError, open_checkpoint
+from optmerge_core.writer import CheckpointWriter, side_files
+
+TENSORS = {
+    "b": torch.arange(6.0).view(2, 3),
+    "a": torch.ones(5).bfloat16(),
+    "n": torch.tensor(3),
+}
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """Two shards with an index, and the index to tamper with."""
+    folder = tmp_path / "sharded"
+    with CheckpointWriter(folder, 25) as writer:
+        for name, tensor in TENSORS.items():
+            writer.add(name, tensor)
+    return folder
+
+
+def tamper(folder, name, file):
+    index = json.loads((folder / INDEX_NAME).read_text())
+    index["weight_map"][name] = file
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+
+
+def same(checkpoint, tensors) -> bool:
+    return checkpoint.keys() == tensors.keys() and all(
+        torch.equal(checkpoint[name], tensor) and checkpoint[name].dtype == tensor.dtype
+        for name, tensor in tensors.items()
+    )
+
+
+def test_sharded_single_and_unnamed_files_read_alike(sharded, tmp_path):
+    checkpoint = open_checkpoint(sharded)
+    assert same(checkpoint, TENSORS)
+    assert checkpoint.shape("b") == (2, 3) and checkpoint.dtype("a") == torch.bfloat16
+    assert checkpoint.folder == sharded
+    assert [file.name for file in checkpoint.files] == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
+    for name in ("model.safetensors", "other.safetensors"):
+        (tmp_path / name).mkdir()
+        save_file(TENSORS, tmp_path / name / name)
+        assert same(open_checkpoint(str(tmp_path / name)), TENSORS)
+
+
+def test_reads_what_transformers_writes(tiny):
+    checkpoint = open_checkpoint(tiny.base)
+    assert len(checkpoint.files) > 1
+    for file in checkpoint.files:
+        for name, tensor in load_file(file).items():
+            assert torch.equal(checkpoint[name], tensor)
+            assert checkpoint.shape(name) == tuple(tensor.shape)
+    assert checkpoint.config()["model_type"] == "internvl"
+
+
+def test_sha256(sharded):
+    import hashlib
+
+    for file, digest in open_checkpoint(sharded).sha256().items():
+        assert digest == hashlib.sha256((sharded / file).read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..\\x.safetensors", 3, ".."],
+)
+def test_index_may_not_leave_the_folder(sharded, file):
+    tamper(sharded, "a", file)
+    with pytest.raises(CheckpointError, match="'a' points to .*not a safetensors file of this"):
+        open_checkpoint(sharded)
+
+
+def test_damaged_folders_are_refused_with_file_and_remedy(sharded, tmp_path):
+    def damaged(text, change):
+        folder = tmp_path / "damaged"
+        shutil.copytree(sharded, folder)
+        change(folder)
+        with pytest.raises(CheckpointError, match=text):
+            open_checkpoint(folder)
+        shutil.rmtree(folder)
+
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    damaged(f"{second}: missing shard.*again", lambda f: (f / second).unlink())
+    damaged(f"'a' is not in {first}", lambda f: tamper(f, "a", first))
+    damaged("'ghost' is not in", lambda f: tamper(f, "ghost", first))
+    damaged(f"{second}: tensor 'b' is also in {first}", lambda f: save_file(TENSORS, f / second))
+    damaged(
+        f"{second}: truncated", lambda f: (f / second).write_bytes((f / first).read_bytes()[:-4])
+    )
+    damaged(f"{first}: truncated or not", lambda f: (f / first).write_bytes(b"\xff" * 64))
+    damaged(f"{first}: truncated or not", lambda f: (f / first).write_bytes(b""))
+    damaged(f"{INDEX_NAME}: not valid JSON", lambda f: (f / INDEX_NAME).write_text("{"))
+    damaged(f"{INDEX_NAME}: a JSON object", lambda f: (f / INDEX_NAME).write_text("[]"))
+    damaged(f"{INDEX_NAME}: no weight_map", lambda f: (f / INDEX_NAME).write_text("{}"))
+
+
+def test_folders_without_safetensors_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="no safetensors weights"):
+        open_checkpoint(tmp_path)
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pickles \(pytorch_model.bin\).*convert"):
+        open_checkpoint(tmp_path)
+    save_file({"a": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="PEFT adapter"):
+        open_checkpoint(tmp_path)
+
+
+def test_hub_ids(sharded, monkeypatch, tmp_path):
+    asked = {}
+
+    def download(repo, revision, allow_patterns):
+        asked.update(repo=repo, revision=revision)
+        if repo == "owner/missing":
+            raise FileNotFoundError("no such repository")
+        return str(sharded)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    checkpoint = open_checkpoint("owner/name", revision="main")
+    assert same(checkpoint, TENSORS) and asked == {"repo": "owner/name", "revision": "main"}
+    assert checkpoint.revision == sharded.name
+    with pytest.raises(CheckpointError, match="owner/missing.*check name and network"):
+        open_checkpoint("owner/missing")
+    with pytest.raises(CheckpointError, match="no such folder, nor a hub id"):
+        open_checkpoint("a/b/c")
+    with pytest.raises(CheckpointError, match="revision is for hub ids"):
+        open_checkpoint(sharded, revision="main")
+    with pytest.raises(CheckpointError, match="is a file"):
+        open_checkpoint(sharded / INDEX_NAME)
+
+
+def test_writer_bounds_shards_and_writes_the_hub_format(sharded):
+    index = json.loads((sharded / INDEX_NAME).read_text())
+    assert index["metadata"]["total_size"] == 24 + 10 + 8
+    for file in set(index["weight_map"].values()):
+        with safe_open(sharded / file, "pt") as handle:
+            assert handle.metadata() == {"format": "pt"}
+            names = list(handle.keys())
+        assert all(index["weight_map"][name] == file for name in names)
+        assert len(names) == 1 or sum(TENSORS[name].nbytes for name in names) <= 25
+
+
+def test_one_shard_has_no_index_and_bytes_repeat(tmp_path):
+    for folder in ("one", "two"):
+        with CheckpointWriter(tmp_path / folder, "1MB") as writer:
+            for name, tensor in TENSORS.items():
+                writer.add(name, tensor)
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["model.safetensors"]
+    one, two = ((tmp_path / folder / "model.safetensors").read_bytes() for folder in ("one", "two"))
+    assert one == two
+
+
+def test_writer_leaves_nothing_on_error_and_a_killed_writers_rest_is_no_obstacle(tmp_path):
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "00001").write_text("rest")
+    with pytest.raises(RuntimeError), CheckpointWriter(tmp_path / "out", 4) as writer:
+        writer.add("a", TENSORS["a"])
+        writer.add("b", TENSORS["b"])
+        assert {path.name for path in writer.folder.iterdir()} == {"00001"}
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_writer_refusals(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    CheckpointWriter(out)  # an empty folder is as good as none
+    (out / "thesis.tex").write_text("")
+    with pytest.raises(CheckpointError, match="exists"):
+        CheckpointWriter(out)
+    with pytest.raises(CheckpointError, match="not a checkpoint folder"):
+        CheckpointWriter(out, overwrite=True)
+    with pytest.raises(CheckpointError, match="GB needed.*GB free"):
+        CheckpointWriter(tmp_path / "a" / "b", expected_bytes=10**18)
+    with pytest.raises(ValueError, match="max_shard_size"):
+        CheckpointWriter(tmp_path / "new", "huge")
+    with pytest.raises(CheckpointError, match="'a' added twice"):
+        with CheckpointWriter(tmp_path / "new") as writer:
+            writer.add("a", TENSORS["a"])
+            writer.add("a", TENSORS["a"])
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_overwriting_replaces_at_the_end_only(sharded):
+    with pytest.raises(RuntimeError), CheckpointWriter(sharded, overwrite=True) as writer:
+        writer.add("new", torch.zeros(1))
+        raise RuntimeError
+    assert same(open_checkpoint(sharded), TENSORS)
+    with CheckpointWriter(sharded, overwrite=True) as writer:
+        writer.add("new", torch.zeros(1))
+    assert same(open_checkpoint(sharded), {"new": torch.zeros(1)})
+    assert {path.name for path in sharded.parent.iterdir()} == {"sharded"}
+
+
+def test_side_files_are_all_but_weights(tiny, tmp_path):
+    names = {path.name for path in side_files(tiny.base)}
+    assert names >= {
+        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+        "preprocessor_config.json", "chat_template.jinja", "modeling_custom.py",
+    }  # fmt: skip
+    assert not [name for name in names if "safetensors" in name]
+    base = tmp_path / "base"
+    (base / "additional_chat_templates").mkdir(parents=True)
+    for name in (
+        "config.json",
+        "optimizer.pt",
+        "x.bin",
+        "README.md",
+        ".hidden",
+        "pytorch.index.json",
+    ):
+        (base / name).write_text("")
+    (base / "additional_chat_templates" / "tools.jinja").write_text("tools")
+    with CheckpointWriter(tmp_path / "out") as writer:
+        writer.copy_side_files(base)
+        writer.add("a", torch.ones(1))
+    assert sorted(
+        str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*")
+    ) == [
+        "additional_chat_templates",
+        "additional_chat_templates/tools.jinja",
+        "config.json",
+        "model.safetensors",
+    ]

@@ -1,0 +1,142 @@
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from optmerge_core.recipe import RecipeError, load_recipe
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """A function that writes a recipe over folders that exist, and returns its path."""
+    for folder in ("study/base", "study/experts/ocr", "study/experts/vqa", "elsewhere/ocr"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+
+    def write(**changes):
+        content = {
+            "merge_method": "ties",
+            "base_model": "base",
+            "models": [{"model": "experts/ocr"}, {"model": "experts/vqa"}],
+        } | changes
+        path = tmp_path / "study" / "tiny.yaml"
+        path.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}))
+        return path
+
+    return write
+
+
+def test_defaults_names_and_locations(write):
+    recipe = load_recipe(write())
+    assert recipe.name == "tiny" and recipe.seed == 0 and recipe.dtype is None
+    assert recipe.scaling_coefficients == [0.1, 0.3, 0.5, 0.7, 1.0, 1.5]
+    assert recipe.scaling_coefficient == 1.0 and recipe.options() == {}
+    assert recipe.base_model == os.path.join("..", "study", "base")
+    assert list(recipe.experts) == ["ocr", "vqa"]
+    assert Path(recipe.experts["vqa"]).is_dir()
+
+
+def test_locations_beside_the_recipe_then_here_then_on_the_hub(write):
+    models = [{"model": "ocr", "name": "here"}, {"model": "owner/Expert-1.5", "name": "hub"}]
+    evaluation = {"data": "experts", "references": {"mixture": "base"}, "test_samples": 20}
+    recipe = load_recipe(write(models=models, evaluation=evaluation))
+    assert recipe.experts == {"here": "ocr", "hub": "owner/Expert-1.5"}
+    assert recipe.evaluation.data == os.path.join("..", "study", "experts")
+    assert recipe.evaluation.references == {"mixture": recipe.base_model}
+    assert recipe.evaluation.test_samples == 20
+
+
+@pytest.mark.parametrize(
+    ("merge_method", "parameters", "method", "options"),
+    [
+        ("linear", {"weight": 0.5}, "weight_average", {}),
+        ("task_arithmetic", {"weight": 1.0, "lambda": 0.4}, "task_arithmetic", {}),
+        ("ties", {"density": 0.5}, "ties", {"density": 0.5}),
+        ("dare_linear", {"density": 0.75}, "dare_task_arithmetic", {"drop_rate": 0.25}),
+        ("dare_ties", {"density": 0.75}, "dare_ties", {"drop_rate": 0.25, "density": 1.0}),
+        ("optmerge", {"preset": "lora", "steps": 10}, "optmerge", {"preset": "lora", "steps": 10}),
+        ("wudi", {"learning_rate": "1e-4"}, "wudi", {"learning_rate": 1e-4}),
+    ],
+)
+def test_mergekits_words(write, merge_method, parameters, method, options):
+    recipe = load_recipe(write(merge_method=merge_method, parameters=parameters))
+    assert recipe.merge_method == method and recipe.options() == options
+    assert recipe.scaling_coefficient == parameters.get("lambda", 1.0)
+
+
+def test_mergekits_parameters_beside_each_model_and_base_in_the_list(write):
+    models = [{"model": "base"}]
+    models += [{"model": f"experts/{x}", "parameters": {"density": 0.5}} for x in ("ocr", "vqa")]
+    recipe = load_recipe(write(models=models))
+    assert list(recipe.experts) == ["ocr", "vqa"] and recipe.options() == {"density": 0.5}
+    recipe = load_recipe(write(models=[{"model": "base"}, {"model": "ocr"}], merge_method="linear"))
+    assert list(recipe.experts) == ["base", "ocr"]  # in a mean, the base counts as it is listed
+
+
+def test_options_for_studies_that_run_all_methods(write):
+    method_options = {
+        "ties": {"density": 0.4},
+        "optmerge": {"preset": "lora", "learning_rate": 0.1},
+    }
+    recipe = load_recipe(write(method_options=method_options, parameters={"lambda": 0.5}))
+    assert recipe.options("ties") == recipe.options() == {"density": 0.4}
+    assert recipe.options("optmerge") == method_options["optmerge"]
+    assert recipe.options("tsv") == {} and recipe.options("linear") == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"slices": []}, "slices: unknown key; valid are merge_method, base_model, models"),
+        ({"models": [{"model": "base", "path": "x"}]}, "models.0.path: unknown key; valid are"),
+        ({"evaluation": {"tests": 1}}, "evaluation.tests: unknown key; valid are data, references"),
+        ({"base_model": None}, "base_model: Field required"),
+        ({"base_model": 3}, "base_model: .*string"),
+        ({"base_model": "../folder"}, "base_model: '../folder' is neither"),
+        ({"base_model": "no/such/folder"}, "base_model: 'no/such/folder' is neither"),
+        ({"models": [{"model": "nothing"}]}, "models.0.model: 'nothing' is neither"),
+        ({"evaluation": {"data": "nothing"}}, "evaluation.data: 'nothing' is neither"),
+        ({"models": []}, "models: .*at least 1"),
+        ({"models": [{"model": "base"}]}, "only the base model"),
+        ({"models": [{"model": "ocr"}, {"model": "experts/ocr"}]}, "names are not unique"),
+        ({"merge_method": "slerp"}, "slerp.*weight_average"),
+        ({"parameters": {"int8_mask": True}}, "int8_mask.*density"),
+        ({"parameters": {"normalize": False}}, "normalize.*density"),
+        ({"parameters": {"density": 7}}, "density"),
+        ({"parameters": {"weight": 0.5}}, "weight 0.5 of ties: only 1"),
+        ({"parameters": {"lambda": [0, 1]}}, r"lambda \[0, 1\]: one finite number"),
+        ({"parameters": {"density": [0, 1]}}, "density.*wrong type"),
+        ({"models": [{"model": "ocr", "parameters": {"gamma": 1}}]}, "gamma.*only weight and"),
+        (
+            {"models": [{"model": "ocr", "parameters": {"density": 1}}, {"model": "experts/vqa"}]},
+            r"density \[1, None\] differs between models",
+        ),
+        (
+            {"merge_method": "dare_ties", "parameters": {"density": 0.5, "drop_rate": 0.1}},
+            "together under method_options.dare_ties",
+        ),
+        ({"method_options": {"ties": {"k": 1}}}, "k.*density"),
+        ({"method_options": {"tiess": {}}}, "tiess"),
+        ({"dtype": "int4"}, "dtype: .*bfloat16"),
+        ({"family": "unheard"}, "family: .*internvl"),
+        ({"seed": "many"}, "seed: .*integer"),
+        ({"scaling_coefficients": [".nan"]}, "scaling_coefficients.0"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_recipe_and_the_key(write, changes, text):
+    path = write(**changes)
+    with pytest.raises(RecipeError, match=text) as caught:
+        load_recipe(path)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize(
+    "content", ["- a", "a: [", "", "\x00", "!!python/object/apply:os.getcwd []"]
+)
+def test_files_that_are_no_recipe(tmp_path, content):
+    (tmp_path / "bad.yaml").write_text(content)
+    with pytest.raises(RecipeError, match="bad.yaml"):
+        load_recipe(tmp_path / "bad.yaml")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path / "missing.yaml")
