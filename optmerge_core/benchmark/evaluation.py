@@ -1,0 +1,203 @@
+"""Evaluation on the embedded benchmark: greedy answers, each task's own metric, intervals.
+
+All models of a family share tokenizer, embeddings, vision tower and connector (experts train the
+language model's linear layers only), so the prompt's embeddings are computed once and every merged
+model costs only its language model.
+"""
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import torch
+from datasets import Dataset, concatenate_datasets
+from datasets.table import InMemoryTable
+from tqdm.auto import tqdm
+from transformers import InternVLForConditionalGeneration
+
+from .models import ImageInternVLProcessor, prompt
+from .tasks import TASKS
+
+MAX_NEW_TOKENS = 8
+
+
+def load_split(folder, split, count=None, tasks=TASKS):
+    """The shipped samples of a split, `count` per task (None: all), as one `datasets.Dataset`."""
+    parts = []
+    for task in tasks:
+        data = Dataset(InMemoryTable(pq.read_table(Path(folder, split, f"{task}.parquet"))))
+        if count is not None:
+            if count > len(data):
+                raise ValueError(
+                    f"{folder}/{split}/{task}.parquet has {len(data)} samples, not {count}"
+                )
+            data = data.select(range(count))
+        parts.append(data)
+    return concatenate_datasets(parts)
+
+
+def box_iou(first, second):
+    """Intersection over union of two boxes (left, top, right, bottom)."""
+    width = min(first[2], second[2]) - max(first[0], second[0])
+    height = min(first[3], second[3]) - max(first[1], second[1])
+    overlap = max(width, 0) * max(height, 0)
+    areas = [max(b[2] - b[0], 0) * max(b[3] - b[1], 0) for b in (first, second)]
+    return overlap / (sum(areas) - overlap) if sum(areas) > overlap else 0.0
+
+
+def is_correct(task, kind, prediction, answer):
+    """The task's metric: IoU >= 0.5 (boxes), within 5 % (chart values), else exact match."""
+    if task == "Grounding":
+        boxes = [[int(v) for v in re.findall(r"<loc(\d+)>", text)] for text in (prediction, answer)]
+        return len(boxes[0]) == 4 and box_iou(*boxes) >= 0.5
+    if task == "Chart" and kind in ("value", "percent"):
+        return prediction.isdecimal() and abs(int(prediction) - int(answer)) <= 0.05 * int(answer)
+    return prediction == answer
+
+
+def load_model(folder):
+    """A benchmark checkpoint in float32, ready to answer."""
+    return InternVLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def load_processor(folder):
+    return ImageInternVLProcessor.from_pretrained(folder)
+
+
+class Evaluator:
+    """Answers a fixed set of questions with the base model's language model replaced.
+
+    base_folder: the family's base checkpoint; data: a dataset as `load_split` gives it.
+    Prompts of one length form a batch, so there is no padding and no mask to get wrong.
+    """
+
+    def __init__(self, base_folder, data, batch_size=500):
+        self.model = load_model(base_folder)
+        self.tokenizer = (processor := load_processor(base_folder)).tokenizer
+        self.base = {
+            n: p.detach().clone() for n, p in self.model.named_parameters() if ".layers." in n
+        }
+        self.samples = data.remove_columns("image").to_pandas()
+        groups = defaultdict(list)
+        for index, question in enumerate(data["question"]):
+            groups[len(self.tokenizer(question)["input_ids"])].append(index)
+        self.batches = []
+        for rows in tqdm(groups.values(), desc="prompts", leave=False):
+            for start in range(0, len(rows), batch_size):
+                part = rows[start : start + batch_size]
+                self.batches.append((part, self._embed(processor, data.select(part))))
+
+    @torch.inference_mode()
+    def _embed(self, processor, rows):
+        inputs = processor(
+            images=list(rows["image"]),
+            text=[prompt(q) for q in rows["question"]],
+            return_tensors="pt",
+        )
+        embeddings = self.model.get_input_embeddings()(inputs["input_ids"])
+        features = self.model.get_image_features(inputs["pixel_values"]).pooler_output
+        embeddings[inputs["input_ids"] == processor.image_token_id] = features.flatten(0, 1)
+        return embeddings
+
+    def memory_name(self, name):
+        """A parameter's name on disk -> in memory, where transformers names it otherwise."""
+        return "model.language_model." + name[name.index("layers.") :]
+
+    @torch.inference_mode()
+    def answer(self, weights=None):
+        """Greedy answers with `weights` (name on disk -> tensor) over the base; one row a sample.
+
+        Columns: task, kind, question, answer, hash, prediction, correct.
+        """
+        changed = {self.memory_name(n): t for n, t in (weights or {}).items()}
+        for name, parameter in self.model.named_parameters():
+            if name in self.base:
+                parameter.copy_(changed.pop(name, self.base[name]))
+        if changed:
+            raise ValueError(
+                f"the base model has no {', '.join(changed)}: are these weights of another family?"
+            )
+        predictions = np.empty(len(self.samples), dtype=object)
+        for rows, embeddings in self.batches:
+            tokens = self.model.generate(
+                inputs_embeds=embeddings,
+                attention_mask=torch.ones(embeddings.shape[:2], dtype=torch.long),
+                max_new_tokens=MAX_NEW_TOKENS,
+                do_sample=False,
+            )
+            predictions[rows] = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        table = self.samples.assign(prediction=predictions)
+        table["correct"] = [
+            is_correct(*row)
+            for row in table[["task", "kind", "prediction", "answer"]].itertuples(index=False)
+        ]
+        return table
+
+    def merged(self, base, merged_task_vector, scaling_coefficient):
+        """Answers of base + scaling_coefficient * merged task vector, rounded to float16."""
+        weights = {
+            n: (base[n].float() + scaling_coefficient * t).half()
+            for n, t in merged_task_vector.items()
+        }
+        return self.answer(weights)
+
+
+def accuracy(answers):
+    """Accuracy per task and their average, in per cent: a Series indexed by task, then Avg."""
+    scores = 100 * answers.groupby("task")["correct"].mean().reindex(TASKS)
+    return pd.concat([scores, pd.Series({"Avg": scores.mean()})])
+
+
+def bootstrap(answers, resamples=1000, seed=0):
+    """Resampled accuracies (resamples, tasks + 1), in per cent; the last column is the average.
+
+    Samples are drawn anew within each task. The same seed draws the same samples for every model,
+    so differences between two models' results are paired.
+    """
+    rng = np.random.default_rng(seed)
+    columns = []
+    for task in TASKS:
+        correct = answers.loc[answers["task"] == task, "correct"].to_numpy(float)
+        draws = rng.integers(len(correct), size=(resamples, len(correct)))
+        columns.append(100 * correct[draws].mean(1))
+    return np.column_stack([*columns, np.mean(columns, axis=0)])
+
+
+def interval(samples, level=0.95):
+    """The central interval of bootstrap samples, along the first axis."""
+    return np.quantile(samples, [(1 - level) / 2, (1 + level) / 2], axis=0)
+
+
+def search_scaling(score, methods, grid):
+    """Validation accuracy of every method at every scaling coefficient, one tidy row each.
+
+    score(method, scaling_coefficient) -> per cent. The grid grows for all methods alike, times 1.5
+    upwards and times 0.5 downwards, until no method is best at its edge.
+    """
+    table = pd.DataFrame(columns=["method", "scaling_coefficient", "accuracy"])
+    grid, pending = sorted(grid), sorted(grid)
+    while pending:
+        rows = [
+            (m, c, score(m, c))
+            for m in tqdm(methods, desc=f"scaling {pending}", leave=False)
+            for c in pending
+        ]
+        table = pd.concat(
+            [table, pd.DataFrame(rows, columns=table.columns)]
+            if len(table)
+            else [pd.DataFrame(rows, columns=table.columns)]
+        )
+        best = set(best_scaling(table).values())
+        pending = [round(1.5 * grid[-1], 4)] if grid[-1] in best else []
+        pending += [round(0.5 * grid[0], 4)] if grid[0] in best else []
+        grid = sorted(grid + pending)
+    return table.sort_values(["method", "scaling_coefficient"], ignore_index=True)
+
+
+def best_scaling(table):
+    """Method -> scaling coefficient with the best validation accuracy (the smaller of equals)."""
+    ordered = table.sort_values(["accuracy", "scaling_coefficient"], ascending=[False, True])
+    return ordered.groupby("method")["scaling_coefficient"].first().to_dict()

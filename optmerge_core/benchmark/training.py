@@ -1,0 +1,224 @@
+"""Training of the embedded benchmark: a mediocre base, five experts, mixture-training models.
+
+Everything is drawn on the fly from fixed seeds. Experts and mixture models train the language
+model's linear layers only, so all that they learnt is in what merging merges.
+"""
+
+import argparse
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+from transformers import InternVLForConditionalGeneration
+
+from optmerge_core.parameters import mergeable
+
+from .models import IMAGE_TOKENS, build_model, build_processor, prompt
+from .tasks import TASKS, sample
+
+BASE_TASKS = {"VQA": 0.26, "Geometry": 0.12, "Chart": 0.22, "OCR": 0.22, "Grounding": 0.18}
+BASE_LEVELS = {"caption": 0.45, "easy": 0.33, "full": 0.22}
+REGIMES = {  # Theorem 3.1 in two points: short, gentle fine-tuning and long, strong fine-tuning
+    "gentle": {"learning_rate": 2e-4, "steps": 300},
+    "stressed": {"learning_rate": 7e-4, "steps": 600},
+}
+
+
+class Samples(Dataset):
+    """Training sample i of a mixture of tasks and levels, drawn when asked for.
+
+    A batch has one level: captions are long, answers short, and padding would cost a third.
+    """
+
+    def __init__(self, count, batch, tasks, levels, seed):
+        self.count, self.batch, self.seed = count, batch, seed
+        self.tasks, self.task_weights = list(tasks), np.array(list(tasks.values()))
+        self.levels, self.level_weights = list(levels), np.array(list(levels.values()))
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        rng = np.random.default_rng([self.seed, 9, index])
+        task = self.tasks[
+            rng.choice(len(self.tasks), p=self.task_weights / self.task_weights.sum())
+        ]
+        rng = np.random.default_rng([self.seed, 8, index // self.batch])
+        level = self.levels[
+            rng.choice(len(self.levels), p=self.level_weights / self.level_weights.sum())
+        ]
+        return sample(task, "train", index, level, self.seed)
+
+
+@dataclass(frozen=True)
+class Collate:
+    """Samples to one batch: pixel_values (b, 3, 56, 56), input_ids and labels (b, t), padded right.
+
+    Equal to the processor's output (a test compares them), without its per-image overhead.
+    """
+
+    processor: object
+
+    def __call__(self, samples):
+        tokenizer, images = self.processor.tokenizer, self.processor.image_processor
+        pixels = torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2)
+        mean, std = torch.tensor(images.image_mean), torch.tensor(images.image_std)
+        block = "<img>" + "<IMG_CONTEXT>" * IMAGE_TOKENS + "</img>"
+        prompts = [prompt(s.question).replace("<IMG_CONTEXT>", block) for s in samples]
+        starts = [len(ids) for ids in tokenizer(prompts)["input_ids"]]
+        texts = [p + s.answer + tokenizer.eos_token for p, s in zip(prompts, samples, strict=True)]
+        batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        for row, start in zip(labels, starts, strict=True):
+            row[:start] = -100
+        return {
+            "pixel_values": (pixels / 255 - mean[:, None, None]) / std[:, None, None],
+            "input_ids": batch["input_ids"],
+            "labels": labels,
+        }
+
+
+def train(model, batches, *, learning_rate, steps, parameters=None, warmup=0.05, label=""):
+    """AdamW with linear warm-up and cosine decay over `batches`; returns the loss of every step.
+
+    parameters: names of the parameters to train (None: all). Products in bfloat16, weights in
+    float32; attention is written out because its fused bfloat16 backward is the slowest step on a
+    CPU. No attention mask is needed: padding stands to the right of a causal model.
+    """
+    model.set_attn_implementation("eager")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameters is None or name in parameters)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained, learning_rate, weight_decay=0.01 if parameters is None else 0.0
+    )
+
+    def schedule(step):
+        rise = min(1.0, (step + 1) / max(1.0, warmup * steps))
+        return rise * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    losses = []
+    model.train()
+    bar = tqdm(batches, total=steps, desc=label, mininterval=5)
+    for batch in bar:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+        bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}")
+    return losses
+
+
+def batches(processor, count, batch, *, tasks, levels, seed, workers=1):
+    return DataLoader(
+        Samples(count * batch, batch, tasks, levels, seed),
+        batch_size=batch,
+        collate_fn=Collate(processor),
+        num_workers=workers,
+        multiprocessing_context="fork" if workers else None,
+    )
+
+
+def train_base(steps=4000, batch=64, learning_rate=1.5e-3, seed=0, workers=1):
+    """The base model from random weights: captions, easy variants and a fifth of full questions."""
+    processor = build_processor()
+    model = build_model(processor.tokenizer, seed)
+    stream = batches(
+        processor, steps, batch, tasks=BASE_TASKS, levels=BASE_LEVELS, seed=seed, workers=workers
+    )
+    losses = train(model, stream, learning_rate=learning_rate, steps=steps, label="base")
+    return model, processor, losses
+
+
+def language_linears(model):
+    """Names of the language model's linear weights: what experts train and merging merges."""
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return set(mergeable(shapes, model.config.model_type))
+
+
+def fine_tune(base_folder, tasks, *, steps, learning_rate, seed, batch=64, workers=1, label=""):
+    """Fine-tune the language model's linear layers on full questions of `tasks`."""
+    model = InternVLForConditionalGeneration.from_pretrained(base_folder, dtype=torch.float32)
+    processor = build_processor()
+    weights = dict.fromkeys(tasks, 1.0)
+    stream = batches(
+        processor, steps, batch, tasks=weights, levels={"full": 1.0}, seed=seed, workers=workers
+    )
+    trained = language_linears(model)
+    losses = train(
+        model, stream, learning_rate=learning_rate, steps=steps, parameters=trained, label=label
+    )
+    return model, processor, losses
+
+
+def plan(seed=1):
+    """Folder -> settings of `fine_tune`: per regime an expert a task and a mixture-training model.
+
+    The mixture model sees as many samples as its regime's experts together.
+    """
+    jobs = {}
+    for regime, settings in REGIMES.items():
+        for number, task in enumerate(TASKS):
+            jobs[f"{regime}/{task}"] = settings | {"tasks": [task], "seed": seed + number}
+        steps = settings["steps"] * len(TASKS)
+        mixture = {"tasks": list(TASKS), "seed": seed + len(TASKS), "steps": steps}
+        jobs[f"{regime}/mixture"] = settings | mixture
+    return jobs
+
+
+def save(model, processor, folder, log):
+    """A Hugging Face folder in float16 (bfloat16 would round a small task vector away), its log."""
+    model.to(torch.float16).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    Path(f"{folder}.json").write_text(json.dumps(log, indent=1) + "\n")
+
+
+def build(output, only=None, seed=1):
+    """Train what is shipped into `output`: the base, then `plan`'s models (or one, `only`).
+
+    What is there is kept. Beside each folder lies a log of its settings, loss and seconds. About
+    half an hour for the base on two cores, a minute or two for a gentle expert.
+    """
+    output = Path(output)
+    jobs = {"base": None} | plan(seed)
+    for name in [only] if only else jobs:
+        folder, settings = output / name, jobs[name]
+        if folder.exists():
+            continue
+        started = time.perf_counter()
+        if settings is None:
+            model, processor, losses = train_base()
+            settings = {"tasks": list(TASKS)}
+        else:
+            model, processor, losses = fine_tune(output / "base", label=name, **settings)
+        every = len(losses) // 100 or 1
+        log = settings | {
+            "samples": 64 * len(losses),
+            "seconds": round(time.perf_counter() - started, 1),
+            "loss_every": every,
+            "loss": [
+                round(float(np.mean(losses[i : i + every])), 4)
+                for i in range(0, len(losses), every)
+            ],
+        }
+        save(model, processor, folder, log)
+    return output
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output")
+    parser.add_argument("--only", choices=["base", *plan()])
+    arguments = parser.parse_args()
+    build(arguments.output, arguments.only)
