@@ -1,0 +1,161 @@
+import json
+import os
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+import optmerge_core.pipeline as pipeline
+from optmerge_core.__main__ import main
+from optmerge_core.pipeline import NotebookError, run
+
+PARAMETERS = 'recipe = "none"\noutput_dir = "none"\ndevice = "none"\nimport pathlib, sys, json'
+LOG = """
+folder = pathlib.Path(output_dir)
+with open(folder / "log.jsonl", "a") as log:
+    entry = [NAME, recipe, output_dir, device, str(pathlib.Path.cwd()), sys.executable]
+    print(json.dumps(entry), file=log)
+"""
+
+
+def write_notebook(folder: Path, name: str, *sources: str) -> Path:
+    """A notebook that writes what it was given to log.jsonl, then runs `sources`."""
+    cells = [nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})]
+    log = LOG.replace("NAME", repr(name)).strip()
+    cells += [nbformat.v4.new_code_cell(source) for source in (log, *sources)]
+    for number, cell in enumerate(cells):
+        cell.id = str(number)
+    path = folder / f"{name}.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    return path
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """A checkout in miniature: a recipe, two numbered notebooks and one without a number."""
+    for folder in ("notebooks", "base", "chart"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "study.yaml").write_text("base_model: base\nmodels: [{model: chart}]\n")
+    for name in ("01_second", "00_first", "solutions"):
+        write_notebook(tmp_path / "notebooks", name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def log_of(figures: Path) -> list[list[str]]:
+    return [json.loads(line) for line in (figures / "log.jsonl").read_text().splitlines()]
+
+
+def test_order_parameters_folders_and_skipping(study, capsys):
+    executed = run("study.yaml", "out", "cpu", "notebooks")
+    names = ["00_first.ipynb", "01_second.ipynb"]
+    assert executed == [study / "out" / "notebooks" / name for name in names]
+    given = ["../study.yaml", "../out/figures", "cpu", str(study / "notebooks"), sys.executable]
+    log = log_of(study / "out" / "figures")
+    assert log == [["00_first", *given], ["01_second", *given]]
+    assert {path.name for path in executed[0].parent.iterdir()} == set(names)
+    shown = capsys.readouterr().out
+    assert "out/figures" in shown and "out/notebooks" in shown and "done before" not in shown
+
+    # Nothing changed: nothing runs.
+    assert run("study.yaml", "out", "cpu", "notebooks") == executed
+    assert len(log_of(study / "out" / "figures")) == 2
+    assert capsys.readouterr().out.count("done before") == 2
+
+    # A newer notebook runs again, and what comes after it, not what comes before.
+    later = executed[1].stat().st_mtime + 1
+    os.utime(study / "notebooks" / "01_second.ipynb", (later, later))
+    run("study.yaml", "out", "cpu", "notebooks")
+    assert [entry[0] for entry in log_of(study / "out" / "figures")][2:] == ["01_second"]
+
+
+@pytest.fixture
+def instant(monkeypatch):
+    """papermill replaced by a copy of the notebook, for tests of what runs; a list of the names."""
+    ran = []
+
+    def execute_notebook(notebook, copy, parameters, **_):
+        content = nbformat.read(notebook, as_version=4)
+        content.metadata["papermill"] = {"parameters": parameters, "exception": None}
+        nbformat.write(content, copy)
+        ran.append(notebook.name[:2])
+
+    monkeypatch.setattr("papermill.execute_notebook", execute_notebook)
+    return ran
+
+
+def test_a_change_runs_everything_after_it_again(study, instant):
+    def ran(device="cpu"):
+        instant.clear()
+        run("study.yaml", "out", device, "notebooks")
+        return instant
+
+    assert ran() == ["00", "01"] and ran() == []
+    copies = study / "out" / "notebooks"
+    (copies / "00_first.ipynb").unlink()
+    assert ran() == ["00", "01"]
+    later = (copies / "01_second.ipynb").stat().st_mtime + 1
+    os.utime(study / "study.yaml", (later, later))
+    for name in ("00_first", "01_second"):
+        assert not pipeline._finished(copies / f"{name}.ipynb", later, {})
+    earlier = later - 1000
+    os.utime(study / "study.yaml", (earlier, earlier))
+    assert ran() == [] and ran("cuda") == ["00", "01"]
+
+
+def test_default_folders(study, instant, monkeypatch):
+    monkeypatch.setattr(pipeline, "CHECKOUT", study)
+    executed = run("study.yaml")
+    assert executed[0] == study / "runs" / "study" / "notebooks" / "00_first.ipynb"
+    assert (study / "figures" / "study").is_dir()
+
+
+def test_failure_names_notebook_and_cell_and_leaves_no_finished_copy(study, monkeypatch, capsys):
+    bad = write_notebook(
+        study / "notebooks", "01_second", "# why\nnumber = 0\n", "1 / number", "print('after')"
+    )
+    with pytest.raises(NotebookError) as caught:
+        run("study.yaml", "out", notebooks_dir="notebooks")
+    failed = Path("out", "notebooks", "01_second.failed.ipynb")
+    message = str(caught.value)
+    # The cell of injected parameters counts: 1 parameters, 2 injected, 3 log, 4 number, 5.
+    assert "01_second.ipynb, cell 5 (1 / number): ZeroDivisionError: division by zero" in message
+    assert str(failed) in message and "\n" not in message
+    names = {path.name for path in failed.parent.iterdir()}
+    assert names == {"00_first.ipynb", failed.name}
+    assert "ZeroDivisionError" in failed.read_text()
+
+    monkeypatch.setattr(pipeline, "CHECKOUT", study)
+    assert main(["run", "study.yaml", "--output", "out"]) == 1
+    assert "error: 01_second.ipynb, cell 5" in capsys.readouterr().err
+
+    # Mended, the run goes on where it stopped.
+    bad.unlink()
+    write_notebook(study / "notebooks", "01_second", "number = 1")
+    run("study.yaml", "out", notebooks_dir="notebooks")
+    ran = [entry[0] for entry in log_of(study / "out" / "figures")]
+    assert ran == ["00_first", "01_second", "01_second", "01_second"]
+    assert not failed.exists()
+
+
+def test_a_dead_kernel_is_a_failure_too(study):
+    write_notebook(study / "notebooks", "00_first", "import os\nos._exit(1)")
+    with pytest.raises(NotebookError, match=r"00_first.ipynb, cell 4 \(import os\): DeadKernel"):
+        run("study.yaml", "out", notebooks_dir="notebooks")
+
+
+def test_interrupted_leaves_nothing(study, monkeypatch):
+    def interrupted(notebook, copy, parameters, **_):
+        copy.write_text("{")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("papermill.execute_notebook", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("study.yaml", "out", notebooks_dir="notebooks")
+    assert list((study / "out" / "notebooks").iterdir()) == []
+
+
+def test_nothing_to_run(study):
+    with pytest.raises(ValueError, match=r"^base: no numbered notebook; .*make setup"):
+        run("study.yaml", "out", notebooks_dir="base")

@@ -1,0 +1,186 @@
+"""The files at the top level agree with each other and keep to the house's rules."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+TOP_LEVEL = {
+    *("README.md", "LICENSE", "Makefile"),
+    *("environment.yml", "pyproject.toml", "requirements.txt"),
+    *("optmerge_core", "notebooks", "data", "figures", "tests"),
+}
+MAX_LINES = 350
+MAX_DATA_BYTES = 60e6
+PYTHONS = ("3.11", "3.12", "3.13")
+
+
+def repository_files() -> list[Path]:
+    """Files that are committed or would be: what git does not ignore."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    try:
+        listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"git cannot list the repository's files: {error}")
+    paths = [ROOT / name for name in listed.stdout.split("\0") if name]
+    return [path for path in paths if path.is_file()]
+
+
+def read_pins() -> list[Requirement]:
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+
+
+def read_project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def direct_requirements() -> list[Requirement]:
+    project = read_project()
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    requirements = [Requirement(text) for group in groups for text in group]
+    return [entry for entry in requirements if entry.name != project["name"]]
+
+
+def test_requirements_are_exact_pins_each_named_once():
+    pins = read_pins()
+    for pin in pins:
+        (specifier,) = pin.specifier
+        assert specifier.operator == "==" and "*" not in specifier.version, pin
+        assert "+" not in specifier.version and pin.url is None and not pin.extras, pin
+    names = [canonicalize_name(pin.name) for pin in pins]
+    assert names == sorted(set(names))
+
+
+def test_requirements_satisfy_pyproject():
+    pins = {canonicalize_name(pin.name): pin for pin in read_pins()}
+    for requirement in direct_requirements():
+        pin = pins.get(canonicalize_name(requirement.name))
+        assert pin is not None, f"{requirement} of pyproject.toml is not pinned"
+        assert pin.marker is None, f"{pin} is needed on every platform"
+        (specifier,) = pin.specifier
+        assert specifier.version in requirement.specifier, f"{pin} is not {requirement}"
+
+
+def test_environment_takes_the_same_pins_and_python():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    python, pip, nested = environment["dependencies"]
+    assert pip == "pip" and nested == {"pip": ["-r requirements.txt", "-e ."]}
+    conda = SpecifierSet(python.removeprefix("python").strip())
+    project = SpecifierSet(read_project()["requires-python"])
+    for version in ("3.10", *PYTHONS):
+        assert (version in conda) == (version in project) == (version != "3.10"), version
+
+
+def test_every_import_of_the_core_is_declared():
+    declared = {
+        canonicalize_name(Requirement(text).name) for text in read_project()["dependencies"]
+    } | {"papermill", "nbformat", "traitlets"}  # the extra `notebooks`, for pipeline.py alone
+    distributions = packages_distributions()
+    for path in (ROOT / "optmerge_core").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                modules = [node.module]
+            else:
+                continue
+            for module in {name.split(".")[0] for name in modules} - {"optmerge_core"}:
+                if module not in sys.stdlib_module_names:
+                    owners = {canonicalize_name(name) for name in distributions.get(module, [])}
+                    assert owners & declared, f"{path.name} imports {module}, not in pyproject.toml"
+
+
+def test_top_level_holds_only_what_belongs_there():
+    names = {path.relative_to(ROOT).parts[0] for path in repository_files()}
+    assert {name for name in names if not name.startswith(".")} <= TOP_LEVEL
+
+
+def test_core_files_are_short():
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text().splitlines())
+        for path in (ROOT / "optmerge_core").rglob("*.py")
+    }
+    assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
+
+
+def test_no_index_address_and_no_absolute_path():
+    # What precedes must not be part of an address, of a longer path or of an image in base64.
+    local = re.compile(r"(?<![\w+/.~-])(?:/(?:home|root|Users|work|tmp|mnt|opt)/\w|[A-Z]:\\\w)")
+    index = re.compile(r"--(?:extra-)?index-url|--find-links|/(?:simple|whl)/|//pypi\.")
+    for path in repository_files():
+        content = path.read_bytes()
+        if b"\0" in content or path == Path(__file__):
+            continue
+        for number, line in enumerate(content.decode().splitlines(), start=1):
+            found = local.search(line) or index.search(line)
+            assert not found, f"{path.relative_to(ROOT)}:{number}: {found[0]}"
+
+
+def test_data_is_small():
+    data = [path for path in repository_files() if path.is_relative_to(ROOT / "data")]
+    assert sum(path.stat().st_size for path in data) < MAX_DATA_BYTES
+
+
+def test_recipes_are_named_as_their_files():
+    """The Makefile finds a recipe's runs by the file's name."""
+    for path in (ROOT / "data" / "recipes").glob("*.yaml"):
+        assert yaml.safe_load(path.read_text()).get("name", path.stem) == path.stem
+
+
+def test_readme_names_only_what_exists():
+    readme = (ROOT / "README.md").read_text()
+    links = re.findall(r"\]\(([^)#]+)\)", readme)
+    named = re.findall(r"`((?:figures|notebooks|data|tests|optmerge_core)/[\w./-]+)`", readme)
+    missing = [
+        name
+        for name in links + named
+        if not name.startswith("https://") and not (ROOT / name).exists()
+    ]
+    assert missing == []
+
+
+@pytest.mark.parametrize("command", (["check"], ["format", "--check"]), ids=("check", "format"))
+def test_ruff(command):
+    """Over every .py and .ipynb."""
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess:
+    command = ["make", "--always-make", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_make_plans():
+    for target in ("setup", "reproduce", "figures", "test", "lab", "clean"):
+        done = make("--dry-run", target)
+        assert done.returncode == 0, done.stderr
+        assert ("pip install" in done.stdout) == (target != "clean"), target
+    assert "runs/qwen/notebooks" in make("--dry-run", "figures", "RECIPE=a/qwen.yaml").stdout
+
+
+def test_make_refuses_an_old_python(tmp_path):
+    old = tmp_path / "python3.10"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    done = make("setup", f"PYTHON={old}")
+    assert done.returncode != 0
+    assert f"error: Python 3.11 or newer is needed, '{old}' is not" in done.stderr
+
+
+def test_ci_runs_make_test():
+    script = ROOT / ".ci" / "run"
+    assert script.stat().st_mode & 0o111 and script.read_text().rstrip().endswith("make test")
