@@ -9,7 +9,19 @@ import math
 import numpy as np
 from PIL import Image
 
-from .scenes import CHARACTERS, COLORS, FONTS, IMAGE_SIZE, ORDINALS, canvas, choice, font, tint
+from .scenes import (
+    CELL,
+    CHARACTERS,
+    COLORS,
+    FONTS,
+    IMAGE_SIZE,
+    ORDINALS,
+    canvas,
+    choice,
+    font,
+    grid,
+    tint,
+)
 
 # ---------------------------------------------------------------- geometry
 
@@ -22,8 +34,7 @@ def polygon_figure(rng, form, sides):
     """A square, rectangle or triangle with its sides written beside it (base first)."""
     image, draw = canvas(rng)
     ink = tint(rng, choice(rng, list(COLORS)))
-    w, h = (int(v) for v in rng.integers(22, 33, 2))
-    x, y = int(rng.integers(11, 46 - w)), int(rng.integers(3, 40 - h))
+    w, h, x, y = (size + int(rng.integers(-1, 2)) for size in (28, 28, 15, 8))
     if form == "triangle":  # two labels: base and height of a right triangle; three: its sides
         top = x if len(sides) == 2 else x + w / 2
         draw.polygon([(top, y), (x, y + h), (x + w, y + h)], outline=ink)
@@ -42,7 +53,7 @@ def segment_figure(rng, length):
     """A line with a tick at every unit, horizontal or vertical."""
     image, draw = canvas(rng)
     unit = 5
-    start, across = int(rng.integers(3, 53 - unit * length)), int(rng.integers(8, 48))
+    start, across = 3, choice(rng, (14, 28, 42)) + int(rng.integers(-2, 3))
     ink, flip = tint(rng, choice(rng, list(COLORS))), rng.random() < 0.5
     for a, b, c, d in [(start, across, start + unit * length, across)] + [
         (start + unit * i, across - 3, start + unit * i, across + 3) for i in range(length + 1)
@@ -53,7 +64,7 @@ def segment_figure(rng, length):
 
 def angle_figure(rng, degrees):
     image, draw = canvas(rng)
-    ink, turn = tint(rng, choice(rng, list(COLORS))), rng.uniform(0, 360)
+    ink, turn = tint(rng, choice(rng, list(COLORS))), 90 * int(rng.integers(4)) + rng.uniform(-5, 5)
     middle = math.radians(turn + degrees / 2)
     x, y = 28 - 9 * math.cos(middle), 28 - 9 * math.sin(middle)
     for a in (turn, turn + degrees):
@@ -120,19 +131,28 @@ def geometry(rng, level):
 # ---------------------------------------------------------------- charts
 
 
-def bar_chart(rng, level):
-    count = 2 if level == "easy" else int(rng.integers(3, 6))
-    names = [list(COLORS)[i] for i in rng.permutation(len(COLORS))[:count]]
-    values = [int(v) for v in 10 + 2 * rng.permutation(26)[:count]]
+def axes(rng, count):
+    """An empty chart with grid lines at 20, 40 and 60, and `count` different values to draw."""
     image, draw = canvas(rng)
     for tick in (20, 40, 60):
-        draw.line((3, 53 - 0.8 * tick, 53, 53 - 0.8 * tick), (190, 190, 190))
-    draw.line((3, 3, 3, 53), (60, 60, 60))
-    draw.line((3, 53, 53, 53), (60, 60, 60))
-    step = 50 / count
+        draw.line((1, height(tick), 55, height(tick)), (190, 190, 190))
+    draw.line((1, 3, 1, 53), (60, 60, 60))
+    draw.line((1, 53, 55, 53), (60, 60, 60))
+    return image, draw, [int(v) for v in 10 + 5 * rng.permutation(11)[:count]]
+
+
+def height(value):
+    """The row of pixels at which a value from 0 to 60 lies."""
+    return 53 - round(0.8 * value)
+
+
+def bar_chart(rng, level):
+    count = 2 if level == "easy" else int(rng.integers(3, 5))
+    names = [list(COLORS)[i] for i in rng.permutation(len(COLORS))[:count]]
+    image, draw, values = axes(rng, count)
     for i, (name, value) in enumerate(zip(names, values, strict=True)):
-        left = 5 + i * step
-        draw.rectangle((left, 53 - round(0.8 * value), left + step - 4, 52), tint(rng, name))
+        left = 3 + CELL * i
+        draw.rectangle((left, height(value), left + 8, 52), tint(rng, name))
     if level == "caption":
         return (
             image,
@@ -158,14 +178,9 @@ def bar_chart(rng, level):
 
 
 def line_chart(rng, level):
-    count = 3 if level == "easy" else int(rng.integers(4, 6))
-    values = [int(v) for v in 10 + 2 * rng.permutation(26)[:count]]
-    image, draw = canvas(rng)
-    for tick in (20, 40, 60):
-        draw.line((3, 53 - 0.8 * tick, 53, 53 - 0.8 * tick), (190, 190, 190))
-    draw.line((3, 3, 3, 53), (60, 60, 60))
-    draw.line((3, 53, 53, 53), (60, 60, 60))
-    points = [(7 + i * 42 / (count - 1), 53 - round(0.8 * v)) for i, v in enumerate(values)]
+    count = 3 if level == "easy" else 4
+    image, draw, values = axes(rng, count)
+    points = [(7 + CELL * i, height(v)) for i, v in enumerate(values)]
     ink = tint(rng, choice(rng, list(COLORS)))
     draw.line(points, ink, 1)
     for x, y in points:
@@ -194,11 +209,8 @@ def pie_chart(rng, level):
         if shares.min() >= 10 and len(set(shares)) == count:
             break
     image, draw = canvas(rng)
-    angle, x, y, r = (
-        rng.uniform(0, 360),
-        *(int(v) for v in rng.integers(25, 32, 2)),
-        int(rng.integers(19, 24)),
-    )
+    x, y, r = (centre + int(rng.integers(-1, 2)) for centre in (28, 28, 23))
+    angle = -90.0
     for name, share in zip(names, shares, strict=True):
         draw.pieslice((x - r, y - r, x + r, y + r), angle, angle + 3.6 * share, tint(rng, name))
         angle += 3.6 * share
@@ -221,22 +233,29 @@ def chart(rng, level):
 
 
 def ocr(rng, level):
-    length = int(rng.integers(1, 3) if level == "easy" else rng.integers(2, 4))
-    text = "".join(CHARACTERS[i] for i in rng.integers(len(CHARACTERS), size=length))
-    size = int(rng.integers(20, 25) if length < 3 else rng.integers(18, 22))
     image, draw = canvas(rng)
-    style, ink = int(rng.integers(len(FONTS))), tuple(int(v) for v in rng.integers(0, 110, 3))
-    left, top, right, bottom = draw.textbbox((0, 0), text, font=font(size, style))
-    x = int(rng.integers(0, max(1, IMAGE_SIZE - (right - left))))
-    y = int(rng.integers(0, max(1, IMAGE_SIZE - (bottom - top))))
-    draw.text((x - left, y - top), text, fill=ink, font=font(size, style))
+    style, size = int(rng.integers(len(FONTS))), int(rng.integers(14, 17))
+    ink = tuple(int(v) for v in rng.integers(0, 110, 3))
+    shift = rng.integers(-1, 2, 2)
+    if level == "grid":
+        places = [divmod(int(c), 4)[::-1] for c in rng.permutation(16)[: rng.integers(6, 13)]]
+    else:
+        length = int(rng.integers(1, 3) if level == "easy" else rng.integers(2, 4))
+        first, row = int(rng.integers(0, 5 - length)), int(rng.integers(4))
+        places = [(first + i, row) for i in range(length)]
+    text = "".join(CHARACTERS[i] for i in rng.integers(len(CHARACTERS), size=len(places)))
+    for (column, row), character in zip(places, text, strict=True):
+        x, y = (CELL * place + CELL / 2 for place in (column, row))
+        draw.text((x + shift[0], y + shift[1]), character, ink, font(size, style), anchor="mm")
+    if level == "grid":
+        return image, "list the letters", grid(dict(zip(places, text, strict=True))), level
     if level == "full":
         if rng.random() < 0.3:
             draw.line(
                 [tuple(int(v) for v in rng.integers(0, IMAGE_SIZE, 2)) for _ in range(2)], ink
             )
         pixels = np.array(image)
-        dots = rng.random(pixels.shape[:2]) < rng.uniform(0, 0.05)
+        dots = rng.random(pixels.shape[:2]) < rng.uniform(0, 0.04)
         pixels[dots] = ink
         image = Image.fromarray(pixels)
     if level != "caption" and rng.random() < 0.3:

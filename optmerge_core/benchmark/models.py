@@ -47,7 +47,7 @@ def build_tokenizer():
     text = " ".join(
         f"{s.question} {s.answer}"
         for task in TASKS
-        for level in ("caption", "easy", "full")
+        for level in ("grid", "caption", "easy", "full")
         for s in (sample(task, "train", i, level) for i in range(300))
     )
     locations = [f"<loc{i}>" for i in range(IMAGE_SIZE // BIN + 1)]
@@ -144,11 +144,13 @@ def build_model(tokenizer, seed=0, text_width=128, text_layers=4, vision_width=9
             "intermediate_size": 2 * vision_width,
             "image_size": (IMAGE_SIZE, IMAGE_SIZE),
             "patch_size": (7, 7),
+            "initializer_range": 0.06,
             "layer_scale_init_value": 1.0,
             "attention_bias": True,
         },
         text_config={
             "model_type": "qwen2",
+            "initializer_range": 0.06,
             "vocab_size": len(tokenizer),
             "hidden_size": text_width,
             "num_hidden_layers": text_layers,

@@ -1,7 +1,8 @@
 """Scenes of coloured shapes, for VQA and Grounding, and what all drawings share.
 
-`vqa` and `grounding` take a numpy random generator and a level (`caption`: describe everything,
-`easy`, `full`: the task proper) and return (image, question, answer, kind), the image 56 x 56 RGB.
+`vqa` and `grounding` take a numpy random generator and a level (`grid` and `caption` describe
+everything, cell by cell or thing by thing; `easy`; `full` is the task proper) and return (image,
+question, answer, kind), the image 56 x 56 RGB.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 IMAGE_SIZE = 56
+CELL = 14  # pixels of the image that one image token stands for, each way
 BIN = 4  # pixels per location token: boxes are quantised to multiples of it
 
 COLORS = {
@@ -28,7 +30,7 @@ ORDINALS = ("first", "second", "third", "fourth", "fifth")
 SIDES = {"leftmost": (0, -1), "rightmost": (0, 1), "highest": (1, -1), "lowest": (1, 1)}
 FONTS = tuple(
     Path(matplotlib.get_data_path(), "fonts", "ttf", f"DejaVu{name}.ttf")
-    for name in ("Sans", "Sans-Bold", "SansMono", "Serif", "Serif-Bold", "Sans-Oblique")
+    for name in ("Sans", "Sans-Bold", "SansMono", "Serif")
 )
 _FONT_CACHE: dict[tuple[int, int], ImageFont.FreeTypeFont] = {}
 
@@ -96,21 +98,17 @@ def draw_shape(draw, shape, fill):
 
 
 def scene(rng, count, colors=tuple(COLORS), shapes=SHAPES):
-    """Draw `count` shapes that do not overlap, no two of the same colour and shape."""
+    """Draw `count` shapes, no two of the same colour and shape, in cells of a 4 x 4 grid.
+
+    A cell is 14 pixels wide, what one image token of the model sees; size and place in it vary.
+    """
     pairs = [(c, s) for c in colors for s in shapes]
-    shapes_left = [pairs[i] for i in rng.permutation(len(pairs))[:count]]
-    boxes: list[tuple[int, int, int, int]] = []
-    while len(boxes) < len(shapes_left):
-        size = int(rng.integers(10, 21 if count < 4 else 17))
-        x, y = (int(v) for v in rng.integers(1, IMAGE_SIZE - 1 - size, 2))
-        box = (x, y, x + size, y + size)
-        if all(
-            x > b[2] + 1 or b[0] > box[2] + 1 or y > b[3] + 1 or b[1] > box[3] + 1 for b in boxes
-        ):
-            boxes.append(box)
-        elif rng.random() < 0.02:
-            boxes.clear()  # a crowded corner: begin again rather than search forever
-    objects = [Shape(c, s, b) for (c, s), b in zip(shapes_left, boxes, strict=True)]
+    chosen = [pairs[i] for i in rng.permutation(len(pairs))[:count]]
+    objects = []
+    for (color, shape), cell in zip(chosen, rng.permutation(16)[:count], strict=True):
+        size = int(rng.integers(9, 13))
+        x, y = (CELL * int(c) + int(rng.integers(0, CELL - size)) for c in (cell % 4, cell // 4))
+        objects.append(Shape(color, shape, (x, y, x + size, y + size)))
     image, draw = canvas(rng)
     for item in objects:
         draw_shape(draw, item, tint(rng, item.color))
@@ -122,7 +120,22 @@ def locations(box):
     return "".join(f"<loc{round(v / BIN)}>" for v in box)
 
 
+def grid(items):
+    """What stands in each cell of the image, row by row: {(column, row): word} -> 16 words."""
+    return " ".join(items.get((i % 4, i // 4), "none") for i in range(16))
+
+
+def scene_grid(rng):
+    """The colours, or the shapes, of all 16 cells of a scene."""
+    image, objects = scene(rng, int(rng.integers(4, 11)))
+    what = choice(rng, ("color", "shape"))
+    cells = {(o.box[0] // CELL, o.box[1] // CELL): getattr(o, what) for o in objects}
+    return image, f"list the {what}s", grid(cells), "grid"
+
+
 def vqa(rng, level):
+    if level == "grid":
+        return scene_grid(rng)
     if level == "caption":
         image, objects = scene(rng, int(rng.integers(2, 6)))
         ordered = sorted(objects, key=lambda o: (o.center[1] > IMAGE_SIZE / 2, o.center[0]))
@@ -170,6 +183,8 @@ def vqa(rng, level):
 
 
 def grounding(rng, level):
+    if level == "grid":
+        return scene_grid(rng)
     if level == "caption":
         image, objects = scene(rng, int(rng.integers(2, 6)))
         ordered = sorted(objects, key=lambda o: (o.center[1] > IMAGE_SIZE / 2, o.center[0]))

@@ -1,0 +1,52 @@
+"""Choosing scaling coefficients on validation data, and telling differences from chance."""
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from .tasks import TASKS
+
+
+def bootstrap(answers, resamples=1000, seed=0):
+    """Resampled accuracies (resamples, tasks + 1), in per cent; the last column is the average.
+
+    Samples are drawn anew within each task. The same seed draws the same samples for every model,
+    so differences between two models' results are paired.
+    """
+    rng = np.random.default_rng(seed)
+    columns = []
+    for task in TASKS:
+        correct = answers.loc[answers["task"] == task, "correct"].to_numpy(float)
+        draws = rng.integers(len(correct), size=(resamples, len(correct)))
+        columns.append(100 * correct[draws].mean(1))
+    return np.column_stack([*columns, np.mean(columns, axis=0)])
+
+
+def interval(samples, level=0.95):
+    """The central interval of bootstrap samples, along the first axis."""
+    return np.quantile(samples, [(1 - level) / 2, (1 + level) / 2], axis=0)
+
+
+def search_scaling(score, methods, grid):
+    """Validation accuracy of every method at every scaling coefficient, one tidy row each.
+
+    score(method, scaling_coefficient) -> per cent. The grid grows for all methods alike, times 1.5
+    upwards and times 0.5 downwards, until no method is best at its edge.
+    """
+    rows, grid = [], sorted(grid)
+    pending = grid
+    while pending:
+        for method in tqdm(methods, desc=f"scaling by {pending}", leave=False):
+            rows += [(method, value, score(method, value)) for value in pending]
+        table = pd.DataFrame(rows, columns=["method", "scaling_coefficient", "accuracy"])
+        best = set(best_scaling(table).values())
+        pending = [round(1.5 * grid[-1], 4)] if grid[-1] in best else []
+        pending += [round(0.5 * grid[0], 4)] if grid[0] in best else []
+        grid = sorted(grid + pending)
+    return table.sort_values(["method", "scaling_coefficient"], ignore_index=True)
+
+
+def best_scaling(table):
+    """Method -> scaling coefficient with the best validation accuracy (the smaller of equals)."""
+    ordered = table.sort_values(["accuracy", "scaling_coefficient"], ascending=[False, True])
+    return ordered.groupby("method")["scaling_coefficient"].first().to_dict()

@@ -1,0 +1,74 @@
+"""Training: the loss falls, the same seed gives the same bytes, only the merged part moves."""
+
+import numpy as np
+import pytest
+import torch
+
+from optmerge_core import open_checkpoint
+from optmerge_core.benchmark.training import Samples, build, fine_tune, plan, save
+from optmerge_core.parameters import mergeable
+
+BASE = "data/benchmark/internvl/base"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folders, losses = [], []
+    for run in range(2):
+        model, processor, curve = fine_tune(
+            BASE, ["Chart"], steps=25, learning_rate=2e-3, seed=4, batch=32, workers=0
+        )
+        folder = tmp_path_factory.mktemp("trained") / str(run)
+        save(model, processor, folder, {"steps": 25})
+        folders.append(folder)
+        losses.append(curve)
+    return folders, losses
+
+
+def test_loss_falls(trained):
+    _, (losses, _) = trained
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+
+
+def test_same_seed_same_bytes(trained):
+    (first, again), losses = trained
+    assert losses[0] == losses[1]
+    name = "model.safetensors"
+    assert (first / name).read_bytes() == (again / name).read_bytes()
+
+
+def test_only_the_language_model_s_linear_layers_move(trained):
+    (folder, _), _ = trained
+    base, expert = open_checkpoint(BASE), open_checkpoint(folder)
+    merging = set(mergeable(base.shapes(), base.config()["model_type"]))
+    for name in base:
+        assert torch.equal(base[name], expert[name]) != (name in merging), name
+
+
+def test_mixture_sees_as_many_samples_as_the_experts():
+    jobs = plan()
+    for regime in ("gentle", "stressed"):
+        experts = [
+            job for name, job in jobs.items() if name.startswith(regime) and "mix" not in name
+        ]
+        assert jobs[f"{regime}/mixture"]["steps"] == sum(job["steps"] for job in experts)
+        assert len({job["seed"] for job in experts}) == len(experts)
+
+
+def test_a_batch_has_one_level():
+    data = Samples(160, 16, {"VQA": 1.0}, {"caption": 0.5, "full": 0.5}, seed=0)
+    levels = [{data[i].kind == "caption" for i in range(s, s + 16)} for s in range(0, 160, 16)]
+    assert all(len(level) == 1 for level in levels)
+    assert {True} in levels and {False} in levels
+
+
+def test_a_mixture_draws_every_task():
+    data = Samples(200, 20, {"VQA": 0.5, "OCR": 0.5}, {"full": 1.0}, seed=0)
+    ocr = sum("letter" in data[i].question or "text" in data[i].question for i in range(200))
+    assert 60 < ocr < 140
+
+
+def test_build_keeps_what_is_there(tmp_path):
+    (tmp_path / "base").mkdir()
+    build(tmp_path, only="base")
+    assert list((tmp_path / "base").iterdir()) == []
