@@ -68,3 +68,8 @@ def test_the_seed_decides_every_weight(processor):
     pairs = list(zip(first.parameters(), again.parameters(), other.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b, _ in pairs)
     assert any(not torch.equal(a, c) for a, _, c in pairs)
+
+
+def test_shipped_tokenizer_is_what_the_package_builds(processor):
+    shipped = AutoProcessor.from_pretrained("data/benchmark/internvl/base").tokenizer
+    assert shipped.get_vocab() == processor.tokenizer.get_vocab()

@@ -100,7 +100,7 @@ def geometry(rng, level):
     if kind == "third angle":
         a, b = (10 * int(v) for v in rng.integers(3, 9, 2))
         image = triangle_angles(rng, a, b)
-        if level == "full":
+        if level in ("medium", "full"):
             return image, "what is the missing angle ?", str(180 - a - b), kind
         return (
             image,
@@ -164,7 +164,7 @@ def bar_chart(rng, level):
     if kind == "value":
         i = int(rng.integers(count))
         return image, f"what is the value of the {names[i]} bar ?", str(values[i]), kind
-    if kind == "above" and level == "full":
+    if kind == "above" and level != "easy":
         limit = choice(rng, (20, 30, 40, 50))
         return (
             image,
@@ -241,15 +241,19 @@ def ocr(rng, level):
         places = [divmod(int(c), 4)[::-1] for c in rng.permutation(16)[: rng.integers(6, 13)]]
     else:
         length = int(rng.integers(1, 3) if level == "easy" else rng.integers(2, 4))
+        length += level == "full"
         first, row = int(rng.integers(0, 5 - length)), int(rng.integers(4))
         places = [(first + i, row) for i in range(length)]
+        if level == "full" and rng.random() < 0.5:  # in two lines
+            first, row = (int(v) for v in rng.integers(0, 3, 2))
+            places = [(first + i % 2, row + i // 2) for i in range(length)]
     text = "".join(CHARACTERS[i] for i in rng.integers(len(CHARACTERS), size=len(places)))
     for (column, row), character in zip(places, text, strict=True):
         x, y = (CELL * place + CELL / 2 for place in (column, row))
         draw.text((x + shift[0], y + shift[1]), character, ink, font(size, style), anchor="mm")
     if level == "grid":
         return image, "list the letters", grid(dict(zip(places, text, strict=True))), level
-    if level == "full":
+    if level in ("medium", "full"):
         if rng.random() < 0.3:
             draw.line(
                 [tuple(int(v) for v in rng.integers(0, IMAGE_SIZE, 2)) for _ in range(2)], ink

@@ -1,7 +1,8 @@
 """Scenes of coloured shapes, for VQA and Grounding, and what all drawings share.
 
 `vqa` and `grounding` take a numpy random generator and a level (`grid` and `caption` describe
-everything, cell by cell or thing by thing; `easy`; `full` is the task proper) and return (image,
+everything, cell by cell or thing by thing; `easy`; `full` is the task proper, and `medium` is
+the same but for OCR, where it has fewer letters in one line) and return (image,
 question, answer, kind), the image 56 x 56 RGB.
 """
 
@@ -192,7 +193,7 @@ def grounding(rng, level):
         return image, "point to the shapes", " , ".join(parts), "caption"
     image, objects = scene(rng, int(rng.integers(1, 3) if level == "easy" else rng.integers(3, 6)))
     item, kind, phrase = objects[0], "name", f"the {objects[0].name}"
-    if level == "full" and rng.random() < 0.4:
+    if level != "easy" and rng.random() < 0.4:
         word = choice(rng, list(SIDES))
         axis, sign = SIDES[word]
         ranked = sorted(objects, key=lambda o: sign * o.center[axis], reverse=True)
