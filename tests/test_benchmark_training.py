@@ -16,7 +16,7 @@ def trained(tmp_path_factory):
     folders, losses = [], []
     for run in range(2):
         model, processor, curve = fine_tune(
-            BASE, ["Chart"], steps=25, learning_rate=2e-3, seed=4, batch=32, workers=0
+            BASE, ["OCR"], steps=25, learning_rate=2e-3, seed=4, batch=32, workers=0
         )
         folder = tmp_path_factory.mktemp("trained") / str(run)
         save(model, processor, folder, {"steps": 25})
