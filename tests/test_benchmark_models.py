@@ -7,7 +7,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from optmerge_core.benchmark.models import build_model, build_processor, prompt
 from optmerge_core.benchmark.tasks import TASKS, sample
-from optmerge_core.benchmark.training import Collate
+from optmerge_core.benchmark.training import Collate, conversation
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +23,8 @@ def test_answers_survive_tokens_and_none_is_unknown(processor, task, level):
     batch = Collate(processor)(samples)
     assert not (batch["input_ids"] == tokenizer.unk_token_id).any()
     for item, labels in zip(samples, batch["labels"], strict=True):
-        kept = labels[labels != -100]
-        assert tokenizer.decode(kept[:-1]) == item.answer
-        assert kept[-1] == tokenizer.eos_token_id
+        answers = tokenizer.decode(labels[labels != -100]).split(tokenizer.eos_token)
+        assert answers == [answer for _, answer, _ in item.turns] + [""]
 
 
 def test_collate_equals_the_processor(processor):
@@ -45,6 +44,18 @@ def test_prompt_is_the_chat_template(processor):
     messages = [{"role": "user", "content": content}]
     templated = processor.apply_chat_template(messages, add_generation_prompt=True)
     assert templated == prompt("how many ?")
+
+
+def test_conversation_is_the_chat_template(processor):
+    item = sample("VQA", "train", 0)
+    messages = []
+    for number, (question, answer, _) in enumerate(item.turns):
+        image = [] if number else [{"type": "image"}]
+        content = [*image, {"type": "text", "text": question}]
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    templated = processor.apply_chat_template(messages)
+    block = "<img>" + 16 * "<IMG_CONTEXT>" + "</img>"
+    assert templated.replace("<IMG_CONTEXT>", block) == "".join(conversation(item.turns))
 
 
 def test_folder_opens_with_the_auto_classes_and_generates(processor, tmp_path):

@@ -68,17 +68,22 @@ def test_shapes_stay_in_their_image_and_apart():
         assert len(cells) == 5
 
 
-def test_counting_and_places_are_true():
+def turns(draw, level, kind, count):
+    """(image, question, answer) of every turn of one kind in `count` conversations."""
+    for seed in range(count):
+        image, asked = draw(np.random.default_rng(seed), level)
+        yield from ((np.asarray(image).astype(int), q, a) for q, a, k in asked if k == kind)
+
+
+def drawn_in(pixels, color):
+    return np.abs(pixels - scenes.COLORS[color]).max(axis=2) <= 14
+
+
+def test_places_are_true():
     found = 0
-    for seed in range(300):
-        image, question, answer, kind = scenes.vqa(np.random.default_rng(seed), "full")
-        if kind != "place":
-            continue
+    for pixels, question, answer in turns(scenes.vqa, "full", "place", 300):
         found += 1
-        color = re.search(r"the (\w+) ", question)[1]
-        pixels = np.asarray(image).astype(int)
-        near = np.abs(pixels - scenes.COLORS[color]).max(axis=2) <= 14
-        assert near.any()
+        near = drawn_in(pixels, re.search(r"the (\w+) ", question)[1])
         vertical, horizontal = answer.split()
         half = near[:28] if vertical == "top" else near[28:]
         half = half[:, :28] if horizontal == "left" else half[:, 28:]
@@ -86,29 +91,93 @@ def test_counting_and_places_are_true():
     assert found > 20
 
 
+def test_counts_are_true():
+    found = set()
+    for pixels, question, answer in turns(scenes.vqa, "full", "count", 300):
+        if match := re.fullmatch(r"how many (\w+) shapes \?", question):
+            near = drawn_in(pixels, match[1]).reshape(4, 14, 4, 14)
+            assert int(answer) == (near.sum(axis=(1, 3)) > 9).sum(), question
+            found.add(answer)
+    assert {"0", "1", "2", "3"} <= found
+
+
+def test_relations_are_true():
+    first, second = (scenes.Shape("red", "square", (x, 30, x + 9, 39)) for x in (3, 20))
+    assert dict((q, a) for q, a, _ in scenes.relations(first, second)) == {
+        "is the red square left of the red square ?": "yes",
+        "is the red square right of the red square ?": "no",
+    }
+    assert {a for _, _, a in turns(scenes.vqa, "full", "relation", 100)} == {"yes", "no"}
+
+
 def test_bar_values_can_be_read_off_the_pixels():
     checked = 0
-    for seed in range(200):
-        image, question, answer, kind = diagrams.bar_chart(np.random.default_rng(seed), "full")
-        if kind != "value":
-            continue
+    for pixels, question, answer in turns(diagrams.bar_chart, "full", "value", 100):
         checked += 1
-        color = re.search(r"the (\w+) bar", question)[1]
-        pixels = np.asarray(image).astype(int)
-        rows = np.where((np.abs(pixels - scenes.COLORS[color]).max(axis=2) <= 14).any(axis=1))[0]
-        assert diagrams.height(int(answer)) == rows.min()
+        near = drawn_in(pixels, re.search(r"the (\w+) bar", question)[1])
+        assert diagrams.height(int(answer)) == np.where(near.any(axis=1))[0].min()
     assert checked > 50
 
 
+def test_bars_above_a_limit_are_counted():
+    checked = 0
+    for seed in range(200):
+        _, asked = diagrams.bar_chart(np.random.default_rng(seed), "full")
+        values = {q.split()[-3]: int(a) for q, a, k in asked if k == "value"}
+        for question, answer, kind in asked:
+            if kind == "above" and values:
+                limit = int(question.split()[-2])
+                assert int(answer) >= sum(v > limit for v in values.values())
+                checked += 1
+    assert checked > 20
+
+
 def test_geometry_answers_follow_from_the_caption():
+    checked = set()
     for seed in range(300):
-        full = diagrams.geometry(np.random.default_rng(seed), "full")
-        caption = diagrams.geometry(np.random.default_rng(seed), "caption")
-        if full[3] not in ("perimeter", "area"):
+        full = diagrams.geometry(np.random.default_rng(seed), "full")[1]
+        read = diagrams.geometry(np.random.default_rng(seed), "caption")[1][0]
+        if full[0][2] == "third angle":
+            a, b = read[1].split(" and ")
+            assert int(full[0][1]) == 180 - int(a) - int(b)
+        if full[0][2] not in ("perimeter", "area"):
             continue
-        form, *sides = caption[2].split()
+        form, *sides = read[1].split()
         sides = [int(s) for s in sides]
         perimeter = {"square": 4 * sides[0], "rectangle": 2 * sum(sides), "triangle": sum(sides)}
         area = {1: sides[0] ** 2, 2: int(np.prod(sides)) // (2 if form == "triangle" else 1)}
-        expected = perimeter[form] if full[3] == "perimeter" else area[len(sides)]
-        assert full[2] == str(expected), (caption, full)
+        for _, answer, kind in full:
+            expected = perimeter[form] if kind == "perimeter" else area[len(sides)]
+            assert answer == str(expected), (read, full)
+            checked.add((form, len(sides), kind))
+    assert len(checked) == 6
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("level", ["easy", "medium", "full"])
+def test_no_question_is_asked_twice_about_an_image(task, level):
+    for index in range(40):
+        questions = [q for q, _, _ in sample(task, "train", index, level).turns]
+        assert 1 <= len(questions) == len(set(questions)) <= scenes.TURNS
+
+
+def test_some_kinds_of_question_are_kept_for_the_experts():
+    kept = {
+        "VQA": {"count", "relation"},
+        "Geometry": {"perimeter", "area", "third angle"},
+        "Chart": {"above", "percent"},
+        "Grounding": {"side"},
+    }
+    for task, kinds in kept.items():
+        asked = {
+            level: {k for i in range(150) for _, _, k in sample(task, "train", i, level).turns}
+            for level in ("medium", "full")
+        }
+        assert not kinds & asked["medium"] and kinds <= asked["full"], task
+
+
+def test_kinds_are_asked_by_their_weight():
+    rng = np.random.default_rng(0)
+    questions = [("a", "1", "often"), ("b", "2", "rarely"), ("c", "3", "never")]
+    first = [scenes.converse(rng, questions, {"often": 3, "rarely": 1})[0][2] for _ in range(2000)]
+    assert 0.72 < first.count("often") / 2000 < 0.78 and "never" not in first

@@ -1,7 +1,7 @@
 """Diagrams and words: labelled figures (Geometry), bars, lines and pies (Chart), strings (OCR).
 
 Like `vqa` and `grounding` in `scenes.py`, `geometry`, `chart` and `ocr` take a numpy random
-generator and a level and return (image, question, answer, kind).
+generator and a level and return an image and a conversation about it.
 """
 
 import math
@@ -18,6 +18,7 @@ from .scenes import (
     ORDINALS,
     canvas,
     choice,
+    converse,
     font,
     grid,
     tint,
@@ -26,33 +27,51 @@ from .scenes import (
 # ---------------------------------------------------------------- geometry
 
 
-def label(draw, xy, text, size=11):
-    draw.text(xy, str(text), fill=(20, 20, 20), font=font(size), anchor="mm")
+def label(draw, rng, cell, text):
+    """Text in the middle of a cell (column, row) of the image, up to a pixel beside it."""
+    x, y = (CELL * c + CELL / 2 + int(rng.integers(-1, 2)) for c in cell)
+    size = 11 if len(str(text)) == 1 else 10
+    draw.text((x, y), str(text), fill=(20, 20, 20), font=font(size), anchor="mm")
+
+
+def number_grid(rng):
+    """Numbers of one and two digits in some of the 16 cells, to be listed."""
+    image, draw = canvas(rng)
+    cells = [divmod(int(c), 4)[::-1] for c in rng.permutation(16)[: rng.integers(5, 11)]]
+    tens = rng.random(len(cells)) < 0.4
+    numbers = [
+        str(10 * int(v) if t else int(v))
+        for v, t in zip(rng.integers(2, 10, len(cells)), tens, strict=True)
+    ]
+    for cell, number in zip(cells, numbers, strict=True):
+        label(draw, rng, cell, number)
+    return image, [("list the numbers", grid(dict(zip(cells, numbers, strict=True))), "grid")]
 
 
 def polygon_figure(rng, form, sides):
     """A square, rectangle or triangle with its sides written beside it (base first)."""
     image, draw = canvas(rng)
     ink = tint(rng, choice(rng, list(COLORS)))
-    w, h, x, y = (size + int(rng.integers(-1, 2)) for size in (28, 28, 15, 8))
-    if form == "triangle":  # two labels: base and height of a right triangle; three: its sides
-        top = x if len(sides) == 2 else x + w / 2
-        draw.polygon([(top, y), (x, y + h), (x + w, y + h)], outline=ink)
+    column = int(rng.integers(1, 3))  # of the base's label
+    if len(sides) == 3:  # a triangle with three sides
+        draw.polygon([(28, 3), (14, 40), (42, 40)], outline=ink)
+        label(draw, rng, (3, 1), sides[2])
     else:
-        draw.rectangle((x, y, x + w, y + h), outline=ink)
-    label(draw, (x + w / 2, y + h + 7), sides[0])
-    if len(sides) == 2:
-        label(draw, (x - 6, y + h / 2), sides[1])
-    if len(sides) == 3:
-        label(draw, (x + w / 4 - 6, y + h / 2 - 3), sides[1])
-        label(draw, (x + 3 * w / 4 + 6, y + h / 2 - 3), sides[2])
+        w, h = (36 + int(rng.integers(-2, 3)) for _ in range(2))
+        corners = [(16, 41 - h), (16 + w, 41 - h), (16 + w, 41), (16, 41)]
+        if form == "triangle":  # right-angled: base and height
+            del corners[1]
+        draw.polygon(corners, outline=ink)
+    label(draw, rng, (column, 3), sides[0])
+    if len(sides) > 1:
+        label(draw, rng, (0, 1), sides[1])
     return image
 
 
 def segment_figure(rng, length):
     """A line with a tick at every unit, horizontal or vertical."""
     image, draw = canvas(rng)
-    unit = 5
+    unit = CELL // 2
     start, across = 3, choice(rng, (14, 28, 42)) + int(rng.integers(-2, 3))
     ink, flip = tint(rng, choice(rng, list(COLORS))), rng.random() < 0.5
     for a, b, c, d in [(start, across, start + unit * length, across)] + [
@@ -78,54 +97,53 @@ def angle_figure(rng, degrees):
 def triangle_angles(rng, a, b):
     """A triangle with two of its angles written in; the third is asked for."""
     image, draw = canvas(rng)
-    top, flip = int(rng.integers(20, 36)), rng.random() < 0.5
-    mirror = (lambda p: (IMAGE_SIZE - 1 - p[0], p[1])) if flip else (lambda p: p)
     draw.polygon(
-        [mirror(p) for p in ((2, 50), (53, 50), (top, 6))],
+        [(0, 55), (55, 55), (int(rng.integers(20, 36)), 4)],
         outline=tint(rng, choice(rng, list(COLORS))),
     )
-    label(draw, mirror((16, 43)), a, 9)
-    label(draw, mirror((40, 43)), b, 9)
+    label(draw, rng, (1, 3), a)
+    label(draw, rng, (2, 3), b)
     return image
 
 
 def geometry(rng, level):
-    kind = choice(rng, ("length", "angle", "perimeter", "area", "area", "perimeter", "third angle"))
+    if level == "grid":
+        return number_grid(rng)
+    kind = choice(rng, ("length", "angle", "figure", "figure", "figure", "figure", "third angle"))
     if kind == "length":
-        length = int(rng.integers(1, 5) if level == "easy" else rng.integers(2, 10))
-        return segment_figure(rng, length), "how long is the line ?", str(length), kind
+        length = int(rng.integers(1, 5 if level == "easy" else 8))
+        return segment_figure(rng, length), [("how long is the line ?", str(length), kind)]
     if kind == "angle":
-        degrees = 30 * int(rng.integers(1, 6)) if level == "easy" else 10 * int(rng.integers(2, 17))
-        return angle_figure(rng, degrees), "what is the angle ?", str(degrees), kind
+        full = level == "full"
+        degrees = 10 * int(rng.integers(2, 17)) if full else 30 * int(rng.integers(1, 6))
+        return angle_figure(rng, degrees), [("what is the angle ?", str(degrees), kind)]
+    reading = level in ("caption", "medium")
     if kind == "third angle":
-        a, b = (10 * int(v) for v in rng.integers(3, 9, 2))
-        image = triangle_angles(rng, a, b)
-        if level in ("medium", "full"):
-            return image, "what is the missing angle ?", str(180 - a - b), kind
-        return (
-            image,
-            "which angles are written ?",
-            " and ".join(str(v) for v in sorted((a, b))),
-            "read",
-        )
-    a, b = (int(v) for v in rng.integers(2, 10, 2))
+        a, b = (10 * int(v) for v in rng.integers(3, 6 if level == "easy" else 9, 2))
+        asked = ("which angles are written ?", f"{a} and {b}", "read")
+        if not reading:
+            asked = ("what is the missing angle ?", str(180 - a - b), kind)
+        return triangle_angles(rng, a, b), [asked]
+    a, b = (int(v) for v in rng.integers(2, 5 if level == "easy" else 10, 2))
     c = int(rng.integers(abs(a - b) + 1, min(a + b, 10)))  # a triangle with sides a, b, c exists
     form = choice(rng, ("square", "rectangle", "triangle"))
-    triangle = [a, b, c] if kind == "perimeter" else [2 * (a // 2), b]
-    sides = {"square": [a], "rectangle": [a, b], "triangle": triangle}[form]
-    image = polygon_figure(rng, form, sides)
-    if level == "caption" or (level == "easy" and form != "square"):
-        return (
-            image,
-            "which sides are written ?",
-            f"{form} {' '.join(str(s) for s in sides)}",
-            "read",
-        )
-    if kind == "perimeter":
-        value = {"square": 4 * a, "rectangle": 2 * (a + b), "triangle": sum(sides)}[form]
-    else:
-        value = {"square": a * a, "rectangle": a * b, "triangle": sides[0] * b // 2}[form]
-    return image, f"what is the {kind} of the {form} ?", str(value), kind
+    three = form == "triangle" and rng.random() < 0.5
+    triangle, half = [2 * (a // 2), b], 2 * (a // 2) * b // 2
+    sides, perimeter, area = {
+        "square": ([a], 4 * a, a * a),
+        "rectangle": ([a, b], 2 * (a + b), a * b),
+        "triangle": ([a, b, c], a + b + c, None) if three else (triangle, None, half),
+    }[form]
+    asked = [
+        (f"what is the {kind} of the {form} ?", str(value), kind)
+        for kind, value in (("perimeter", perimeter), ("area", area))
+        if value is not None
+    ]
+    if reading:
+        asked = [("which sides are written ?", f"{form} {' '.join(map(str, sides))}", "read")]
+    return polygon_figure(rng, form, sides), converse(
+        rng, asked, {"perimeter": 1, "area": 1, "read": 1}
+    )
 
 
 # ---------------------------------------------------------------- charts
@@ -146,6 +164,16 @@ def height(value):
     return 53 - round(0.8 * value)
 
 
+def extremes(thing, names, values, words):
+    """Which is the largest, and which the smallest?"""
+    for word, index in zip(words, (np.argmax(values), np.argmin(values)), strict=True):
+        yield f"which {thing} is the {word} ?", names[int(index)], "compare"
+
+
+def legend(pairs):
+    return [("read the chart", " , ".join(f"{n} {v}" for n, v in pairs), "caption")]
+
+
 def bar_chart(rng, level):
     count = 2 if level == "easy" else int(rng.integers(3, 5))
     names = [list(COLORS)[i] for i in rng.permutation(len(COLORS))[:count]]
@@ -153,28 +181,16 @@ def bar_chart(rng, level):
     for i, (name, value) in enumerate(zip(names, values, strict=True)):
         left = 3 + CELL * i
         draw.rectangle((left, height(value), left + 8, 52), tint(rng, name))
+    pairs = list(zip(names, values, strict=True))
     if level == "caption":
-        return (
-            image,
-            "read the chart",
-            " , ".join(f"{n} {v}" for n, v in zip(names, values, strict=True)),
-            "caption",
-        )
-    kind = choice(rng, ("value", "value", "compare", "above"))
-    if kind == "value":
-        i = int(rng.integers(count))
-        return image, f"what is the value of the {names[i]} bar ?", str(values[i]), kind
-    if kind == "above" and level != "easy":
-        limit = choice(rng, (20, 30, 40, 50))
-        return (
-            image,
-            f"how many bars are above {limit} ?",
-            str(sum(v > limit for v in values)),
-            kind,
-        )
-    if rng.random() < 0.5:
-        return image, "which bar is the highest ?", names[int(np.argmax(values))], "compare"
-    return image, "which bar is the lowest ?", names[int(np.argmin(values))], "compare"
+        return image, legend(pairs)
+    asked = [(f"what is the value of the {n} bar ?", str(v), "value") for n, v in pairs]
+    asked += extremes("bar", names, values, ("highest", "lowest"))
+    for limit in (20, 30, 40, 50):
+        above = str(sum(v > limit for v in values))
+        asked.append((f"how many bars are above {limit} ?", above, "above"))
+    weights = {"value": 2, "compare": 1} | ({} if level == "medium" else {"above": 1})
+    return image, converse(rng, asked, weights)
 
 
 def line_chart(rng, level):
@@ -186,18 +202,11 @@ def line_chart(rng, level):
     for x, y in points:
         draw.rectangle((x - 1, y - 1, x + 1, y + 1), ink)
     if level == "caption":
-        return image, "read the chart", " , ".join(str(v) for v in values), "caption"
-    if level == "easy" or rng.random() < 0.4:
-        if rng.random() < 0.5:
-            return (
-                image,
-                "which point is the highest ?",
-                ORDINALS[int(np.argmax(values))],
-                "compare",
-            )
-        return image, "which point is the lowest ?", ORDINALS[int(np.argmin(values))], "compare"
-    i = int(rng.integers(count))
-    return image, f"what is the value of the {ORDINALS[i]} point ?", str(values[i]), "value"
+        return image, legend(zip(ORDINALS[:count], values, strict=True))
+    pairs = zip(ORDINALS[:count], values, strict=True)
+    asked = [(f"what is the value of the {n} point ?", str(v), "value") for n, v in pairs]
+    asked += extremes("point", ORDINALS, values, ("highest", "lowest"))
+    return image, converse(rng, asked, {"value": 3, "compare": 2})
 
 
 def pie_chart(rng, level):
@@ -214,18 +223,17 @@ def pie_chart(rng, level):
     for name, share in zip(names, shares, strict=True):
         draw.pieslice((x - r, y - r, x + r, y + r), angle, angle + 3.6 * share, tint(rng, name))
         angle += 3.6 * share
+    pairs = list(zip(names, shares, strict=True))
     if level == "caption":
-        pairs = sorted(zip(names, shares, strict=True), key=lambda p: -p[1])
-        return image, "read the chart", " , ".join(f"{n} {v}" for n, v in pairs), "caption"
-    if level == "easy" or rng.random() < 0.4:
-        if rng.random() < 0.5:
-            return image, "which slice is the largest ?", names[int(np.argmax(shares))], "compare"
-        return image, "which slice is the smallest ?", names[int(np.argmin(shares))], "compare"
-    i = int(rng.integers(count))
-    return image, f"how many percent is the {names[i]} slice ?", str(shares[i]), "percent"
+        return image, legend(sorted(pairs, key=lambda p: -p[1]))
+    asked = [(f"how many percent is the {n} slice ?", str(v), "percent") for n, v in pairs]
+    asked += extremes("slice", names, shares, ("largest", "smallest"))
+    weights = {"compare": 2} | ({} if level == "medium" else {"percent": 3})
+    return image, converse(rng, asked, weights)
 
 
 def chart(rng, level):
+    level = "caption" if level == "grid" else level
     return choice(rng, (bar_chart, bar_chart, line_chart, pie_chart))(rng, level)
 
 
@@ -252,7 +260,7 @@ def ocr(rng, level):
         x, y = (CELL * place + CELL / 2 for place in (column, row))
         draw.text((x + shift[0], y + shift[1]), character, ink, font(size, style), anchor="mm")
     if level == "grid":
-        return image, "list the letters", grid(dict(zip(places, text, strict=True))), level
+        return image, [("list the letters", grid(dict(zip(places, text, strict=True))), level)]
     if level in ("medium", "full"):
         if rng.random() < 0.3:
             draw.line(
@@ -262,7 +270,10 @@ def ocr(rng, level):
         dots = rng.random(pixels.shape[:2]) < rng.uniform(0, 0.04)
         pixels[dots] = ink
         image = Image.fromarray(pixels)
-    if level != "caption" and rng.random() < 0.3:
-        i = int(rng.integers(length))
-        return image, f"what is the {ORDINALS[i]} letter ?", text[i], "letter"
-    return image, "read the text", text, "read"
+    asked = [("read the text", text, "read")]
+    if level != "caption":
+        asked += [
+            (f"what is the {ordinal} letter ?", character, "letter")
+            for ordinal, character in zip(ORDINALS, text, strict=False)
+        ]
+    return image, converse(rng, asked, {"read": 7, "letter": 3})

@@ -33,7 +33,7 @@ SPECIAL = (
     "<video>",
 )
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% if message.content is string %}{{ message.content }}{% else %}"
     "{% for part in message.content %}"
     "{% if part.type == 'image' %}<IMG_CONTEXT>{% else %}{{ part.text }}{% endif %}"
@@ -45,10 +45,11 @@ CHAT_TEMPLATE = (
 def build_tokenizer():
     """Words, single characters, single digits and location tokens; decoding is lossless."""
     text = " ".join(
-        f"{s.question} {s.answer}"
+        f"{question} {answer}"
         for task in TASKS
         for level in ("grid", "caption", "easy", "full")
-        for s in (sample(task, "train", i, level) for i in range(300))
+        for i in range(300)
+        for question, answer, _ in sample(task, "train", i, level).turns
     )
     locations = [f"<loc{i}>" for i in range(IMAGE_SIZE // BIN + 1)]
     singles = [f"{space}{c}" for space in ("", " ") for c in sorted(set(CHARACTERS + "0123456789"))]
@@ -176,4 +177,4 @@ def build_model(tokenizer, seed=0, text_width=128, text_layers=4, vision_width=9
 
 def prompt(question):
     """The chat template applied to one image and one question, up to the answer."""
-    return f"<|im_start|>user<IMG_CONTEXT>{question}<|im_end|><|im_start|>assistant\n"
+    return f"<|im_start|>user\n<IMG_CONTEXT>{question}<|im_end|><|im_start|>assistant\n"

@@ -1,9 +1,10 @@
 """Scenes of coloured shapes, for VQA and Grounding, and what all drawings share.
 
-`vqa` and `grounding` take a numpy random generator and a level (`grid` and `caption` describe
-everything, cell by cell or thing by thing; `easy`; `full` is the task proper, and `medium` is
-the same but for OCR, where it has fewer letters in one line) and return (image,
-question, answer, kind), the image 56 x 56 RGB.
+`vqa` and `grounding` take a numpy random generator and a level and return a 56 x 56 RGB image and
+a conversation about it: up to TURNS turns (question, answer, kind). Levels: `grid` and `caption`
+describe everything, cell by cell or thing by thing; `easy` asks every kind of question about few
+things; `medium` shows as many things as `full`, the task proper, but keeps some kinds of question
+for the experts.
 """
 
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 IMAGE_SIZE = 56
 CELL = 14  # pixels of the image that one image token stands for, each way
 BIN = 4  # pixels per location token: boxes are quantised to multiples of it
+TURNS = 4  # questions asked about one training image at most; evaluation asks the first alone
 
 COLORS = {
     "red": (214, 48, 48),
@@ -25,7 +27,14 @@ COLORS = {
     "purple": (142, 68, 173),
     "orange": (236, 128, 36),
 }
-SHAPES = ("circle", "square", "triangle", "diamond", "cross")
+PLURALS = {
+    "circle": "circles",
+    "square": "squares",
+    "triangle": "triangles",
+    "diamond": "diamonds",
+    "cross": "crosses",
+}
+SHAPES = tuple(PLURALS)
 CHARACTERS = "ABCDEFHKLMNPRTUVXYZ2345679"
 ORDINALS = ("first", "second", "third", "fourth", "fifth")
 SIDES = {"leftmost": (0, -1), "rightmost": (0, 1), "highest": (1, -1), "lowest": (1, 1)}
@@ -58,6 +67,22 @@ def tint(rng, color):
 
 def choice(rng, items):
     return items[int(rng.integers(len(items)))]
+
+
+def converse(rng, questions, weights):
+    """Up to TURNS of `questions`, none twice: each time a kind by its weight, then one of the kind.
+
+    questions: [(question, answer, kind)]; weights: {kind: weight}, kinds it lacks are not asked.
+    """
+    left = [q for q in questions if q[2] in weights]
+    turns = []
+    while left and len(turns) < TURNS:
+        kinds = [k for k in weights if any(q[2] == k for q in left)]
+        shares = np.cumsum([weights[k] for k in kinds])
+        kind = kinds[int(np.searchsorted(shares, rng.random() * shares[-1], side="right"))]
+        turns.append(choice(rng, [q for q in left if q[2] == kind]))
+        left.remove(turns[-1])
+    return turns
 
 
 @dataclass(frozen=True)
@@ -126,77 +151,77 @@ def grid(items):
     return " ".join(items.get((i % 4, i // 4), "none") for i in range(16))
 
 
+def many_shapes(rng, level):
+    """1 or 2 things (easy), or 3 to 5 of only 3 colours and 4 shapes, so that some are shared."""
+    if level == "easy":
+        return scene(rng, int(rng.integers(1, 3)))
+    colors = [list(COLORS)[i] for i in rng.permutation(len(COLORS))[:3]]
+    shapes = [SHAPES[i] for i in rng.permutation(len(SHAPES))[:4]]
+    return scene(rng, int(rng.integers(3, 6)), colors, shapes)
+
+
+def describe(rng, question, tell):
+    """A scene with all its shapes told, top half first, each half from left to right."""
+    image, objects = scene(rng, int(rng.integers(2, 6)))
+    ordered = sorted(objects, key=lambda o: (o.center[1] > IMAGE_SIZE / 2, o.center[0]))
+    return image, [(question, " , ".join(f"{o.name} {tell(o)}" for o in ordered), "caption")]
+
+
 def scene_grid(rng):
     """The colours, or the shapes, of all 16 cells of a scene."""
     image, objects = scene(rng, int(rng.integers(4, 11)))
     what = choice(rng, ("color", "shape"))
     cells = {(o.box[0] // CELL, o.box[1] // CELL): getattr(o, what) for o in objects}
-    return image, f"list the {what}s", grid(cells), "grid"
+    return image, [(f"list the {what}s", grid(cells), "grid")]
+
+
+def relations(first, second):
+    """Where `first` is, seen from `second`: two questions per axis on which they differ clearly."""
+    for axis, words in enumerate((("left of", "right of"), ("above", "below"))):
+        if abs(first.center[axis] - second.center[axis]) >= 4:
+            truth = first.center[axis] < second.center[axis]
+            for word, answer in zip(words, (truth, not truth), strict=True):
+                question = f"is the {first.name} {word} the {second.name} ?"
+                yield question, "yes" if answer else "no", "relation"
 
 
 def vqa(rng, level):
     if level == "grid":
         return scene_grid(rng)
     if level == "caption":
-        image, objects = scene(rng, int(rng.integers(2, 6)))
-        ordered = sorted(objects, key=lambda o: (o.center[1] > IMAGE_SIZE / 2, o.center[0]))
-        return (
-            image,
-            "describe the shapes",
-            " , ".join(f"{o.name} {o.place}" for o in ordered),
-            "caption",
-        )
-    count = int(rng.integers(1, 3) if level == "easy" else rng.integers(3, 6))
-    kind = choice(rng, ("color", "shape", "count", "count", "place", "relation"))
-    if kind == "count":
-        few = [list(COLORS)[i] for i in rng.permutation(len(COLORS))[:3]]
-        image, objects = scene(rng, count, colors=few, shapes=SHAPES[:4])
-        if rng.random() < 0.5:
-            word = choice(rng, few)
-            return (
-                image,
-                f"how many {word} shapes ?",
-                str(sum(o.color == word for o in objects)),
-                kind,
-            )
-        word = choice(rng, SHAPES[:4])
-        return image, f"how many {word}s ?", str(sum(o.shape == word for o in objects)), kind
-    image, objects = scene(rng, count)
-    item = objects[0]
-    if kind == "relation" and len(objects) > 1:
-        axis = int(rng.integers(2))
-        words = ("left of", "right of") if axis == 0 else ("above", "below")
-        side = int(rng.integers(2))
-        first, second = item.center[axis], objects[1].center[axis]
-        if abs(first - second) >= 4:
-            truth = (first < second) == (side == 0)
-            return (
-                image,
-                f"is the {item.name} {words[side]} the {objects[1].name} ?",
-                "yes" if truth else "no",
-                kind,
-            )
-    if kind == "color" and sum(o.shape == item.shape for o in objects) == 1:
-        return image, f"what color is the {item.shape} ?", item.color, kind
-    if kind == "shape" and sum(o.color == item.color for o in objects) == 1:
-        return image, f"what shape is {item.color} ?", item.shape, kind
-    return image, f"where is the {item.name} ?", item.place, "place"
+        return describe(rng, "describe the shapes", lambda o: o.place)
+    image, objects = many_shapes(rng, level)
+    colors, shapes = ([getattr(o, w) for o in objects] for w in ("color", "shape"))
+    asked = [(f"where is the {o.name} ?", o.place, "place") for o in objects]
+    for o in objects:
+        if shapes.count(o.shape) == 1:
+            asked.append((f"what color is the {o.shape} ?", o.color, "color"))
+        if colors.count(o.color) == 1:
+            asked.append((f"what shape is {o.color} ?", o.shape, "shape"))
+    for words, names, thing in ((COLORS, colors, "{} shapes"), (SHAPES, shapes, "{}")):
+        present = sorted(set(names))
+        absent = choice(rng, [w for w in words if w not in present])
+        for word in [*present, absent]:
+            question = f"how many {thing.format(PLURALS.get(word, word))} ?"
+            asked.append((question, str(names.count(word)), "count"))
+    for first in objects:
+        asked += [q for o in objects if o != first for q in relations(first, o)]
+    weights = {"place": 1, "color": 1, "shape": 1}
+    if level != "medium":
+        weights |= {"count": 2, "relation": 1}
+    return image, converse(rng, asked, weights)
 
 
 def grounding(rng, level):
     if level == "grid":
         return scene_grid(rng)
     if level == "caption":
-        image, objects = scene(rng, int(rng.integers(2, 6)))
-        ordered = sorted(objects, key=lambda o: (o.center[1] > IMAGE_SIZE / 2, o.center[0]))
-        parts = (f"{o.name} {locations(o.center)}" for o in ordered)
-        return image, "point to the shapes", " , ".join(parts), "caption"
-    image, objects = scene(rng, int(rng.integers(1, 3) if level == "easy" else rng.integers(3, 6)))
-    item, kind, phrase = objects[0], "name", f"the {objects[0].name}"
-    if level != "easy" and rng.random() < 0.4:
-        word = choice(rng, list(SIDES))
-        axis, sign = SIDES[word]
-        ranked = sorted(objects, key=lambda o: sign * o.center[axis], reverse=True)
-        if abs(ranked[0].center[axis] - ranked[1].center[axis]) >= 3:
-            item, kind, phrase = ranked[0], "side", f"the {word} shape"
-    return image, f"find {phrase}", locations(item.box), kind
+        return describe(rng, "point to the shapes", lambda o: locations(o.center))
+    image, objects = many_shapes(rng, level)
+    asked = [(f"find the {o.name}", locations(o.box), "name") for o in objects]
+    for word, (axis, sign) in SIDES.items():
+        ranked = sorted(objects, key=lambda o, a=axis, s=sign: -s * o.center[a])
+        if len(ranked) == 1 or abs(ranked[0].center[axis] - ranked[1].center[axis]) >= 3:
+            asked.append((f"find the {word} shape", locations(ranked[0].box), "side"))
+    weights = {"name": 3} if level == "medium" else {"name": 3, "side": 2}
+    return image, converse(rng, asked, weights)

@@ -1,7 +1,8 @@
 """Samples, splits and data sets of the five capabilities.
 
 The counterparts of the paper's Table 1: VQA, Geometry, Chart, OCR, Grounding. A sample is an image
-that the package draws itself (`scenes.py`, `diagrams.py`), a question and a short answer.
+that the package draws itself (`scenes.py`, `diagrams.py`), a question and a short answer; samples
+for training ask further questions about the same image, as a conversation.
 """
 
 import hashlib
@@ -22,12 +23,22 @@ SPLITS = {"train": range(2, 10), "validation": range(1, 2), "test": range(0, 1)}
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about one image: image uint8 (56, 56, 3), kind = the sub-task."""
+    """An image, uint8 (56, 56, 3), and turns (question, answer, kind = the sub-task) about it."""
 
     image: np.ndarray
-    question: str
-    answer: str
-    kind: str
+    turns: list[tuple[str, str, str]]
+
+    @property
+    def question(self):
+        return self.turns[0][0]
+
+    @property
+    def answer(self):
+        return self.turns[0][1]
+
+    @property
+    def kind(self):
+        return self.turns[0][2]
 
 
 def image_hash(image):
@@ -44,10 +55,10 @@ def sample(task, split, index, level="full", seed=0):
     stream = list(SPLITS).index(split)
     rng = np.random.default_rng([seed, stream, TASKS.index(task), index])
     while True:
-        image, question, answer, kind = DRAW[task](rng, level)
+        image, turns = DRAW[task](rng, level)
         pixels = np.asarray(image)
         if int(image_hash(pixels), 16) % 10 in SPLITS[split]:
-            return Sample(pixels, question, answer, kind)
+            return Sample(pixels, turns)
 
 
 def make_dataset(task, split, count, level="full", seed=0):
