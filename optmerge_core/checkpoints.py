@@ -18,6 +18,7 @@ from torch import Tensor
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+ADAPTER_NAME = "adapter_model.safetensors"
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py"]
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 DTYPES = {
@@ -40,13 +41,14 @@ class Checkpoint(Mapping[str, Tensor]):
     memory map that lives as long as the tensor, so a loop over a checkpoint of any size holds one
     tensor at a time. Names iterate file by file and sorted within a file.
 
+    With `adapter`, a folder of a PEFT adapter opens too, as what it is: the adapter's own tensors.
     Raises `CheckpointError` when the folder is not a complete, consistent safetensors checkpoint.
     """
 
-    def __init__(self, folder: str | Path, revision: str | None = None):
+    def __init__(self, folder: str | Path, revision: str | None = None, adapter: bool = False):
         self.folder = Path(folder)
         self.revision = revision
-        self.files, index = _weight_files(self.folder)
+        self.files, index = _weight_files(self.folder, adapter)
         self._entries: dict[str, tuple[Path, tuple[int, ...], torch.dtype]] = {}
         self._sha256: dict[str, str] = {}
         for file in self.files:
@@ -101,7 +103,7 @@ class Checkpoint(Mapping[str, Tensor]):
     def config(self) -> dict:
         """The folder's config.json; an empty dict where there is none."""
         path = self.folder / "config.json"
-        return _read_json(path) if path.is_file() else {}
+        return read_json(path) if path.is_file() else {}
 
     def sha256(self) -> dict[str, str]:
         """File name -> SHA-256 of each weight file. Reads every file once; kept afterwards."""
@@ -112,7 +114,9 @@ class Checkpoint(Mapping[str, Tensor]):
         return dict(self._sha256)
 
 
-def open_checkpoint(folder_or_hub_id: str | Path, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    folder_or_hub_id: str | Path, revision: str | None = None, adapter: bool = False
+) -> Checkpoint:
     """Open a local folder, or else a Hugging Face hub id (`owner/name`, downloaded to the cache).
 
     From the hub only safetensors and side files are fetched. `revision` (branch, tag or commit) is
@@ -122,7 +126,7 @@ def open_checkpoint(folder_or_hub_id: str | Path, revision: str | None = None) -
     if folder.is_dir():
         if revision is not None:
             raise CheckpointError(f"{folder} is a local folder: revision is for hub ids only")
-        return Checkpoint(folder)
+        return Checkpoint(folder, adapter=adapter)
     if folder.exists():
         raise CheckpointError(f"{folder} is a file: give the checkpoint's folder")
     if not HUB_ID.fullmatch(str(folder_or_hub_id)):
@@ -139,21 +143,22 @@ def open_checkpoint(folder_or_hub_id: str | Path, revision: str | None = None) -
             f"{folder_or_hub_id}: no such folder, and the hub did not give it "
             f"({type(error).__name__}: {str(error).splitlines()[0]}); check name and network"
         ) from error
-    return Checkpoint(folder, revision=folder.name)
+    return Checkpoint(folder, revision=folder.name, adapter=adapter)
 
 
-def _weight_files(folder: Path) -> tuple[list[Path], dict[str, Path]]:
+def _weight_files(folder: Path, adapter: bool) -> tuple[list[Path], dict[str, Path]]:
     """The safetensors files of a folder and the index to check them against, if it has one.
 
     In transformers' order: the single file, the files of the index, whatever else is there.
     """
-    if (folder / SINGLE_NAME).is_file():
-        return [folder / SINGLE_NAME], {}
+    for single in (SINGLE_NAME, *([ADAPTER_NAME] if adapter else [])):
+        if (folder / single).is_file():
+            return [folder / single], {}
     index = _read_index(folder)
     files = sorted(set(index.values())) or sorted(folder.glob("*.safetensors"))
     for path in files:
-        if path.name == "adapter_model.safetensors":
-            raise CheckpointError(f"{folder} is a PEFT adapter: merge it into its base model first")
+        if path.name == ADAPTER_NAME:
+            raise CheckpointError(f"{folder} is a PEFT adapter, where a whole model is needed")
         if not path.is_file():
             raise CheckpointError(
                 f"{path}: missing shard, named in {INDEX_NAME}; download or copy it again"
@@ -173,7 +178,7 @@ def _read_index(folder: Path) -> dict[str, Path]:
     path = folder / INDEX_NAME
     if not path.is_file():
         return {}
-    weight_map = _read_json(path).get("weight_map")
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: no weight_map in the index; save the checkpoint again")
     for name, file in weight_map.items():
@@ -206,7 +211,7 @@ def _read_header(path: Path) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
         ) from error
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -79,6 +79,12 @@ def check_experts(
                 problems.append(found)
             elif name not in merging and base_shapes.get(name) != expert_shapes.get(name):
                 outside.append(found)
+        changed = [n for n in getattr(expert, "modules", {}) if n not in merging]
+        if changed:
+            _notice(
+                f"expert {expert_name} adapts {len(changed)} parameters outside the merge; the "
+                f"base's are kept ({changed[0]})"
+            )
         if outside:
             _notice(
                 f"{len(outside)} parameters outside the merge differ in name or shape; the base's "

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from optmerge_core.adapters import Adapter, open_expert
 from optmerge_core.checkpoints import Checkpoint, open_checkpoint
 from optmerge_core.checks import (
     check_experts,
@@ -55,7 +56,8 @@ def merge(
 ) -> MergeReport:
     """Merge fine-tuned experts of one base model into a complete Hugging Face folder.
 
-    `base_model` and the values of `experts` (name -> location) are folders or hub ids. A parameter
+    `base_model` and the values of `experts` (name -> location) are folders or hub ids, an expert's
+    also a PEFT LoRA adapter's. A parameter
     that merges (see `parameters.mergeable`; `family` replaces config.json's model type) becomes
     base + scaling_coefficient * METHODS[method](stack of task vectors), computed in float32 on
     `device` and stored in the base's dtype. All else is the base's, byte for byte. With `dtype`,
@@ -76,7 +78,7 @@ def merge(
     reset_peak_memory(device)
 
     base = open_checkpoint(base_model)
-    opened = {name: open_checkpoint(location) for name, location in experts.items()}
+    opened = {name: open_expert(location, base) for name, location in experts.items()}
     model_type = family or base.config().get("model_type")
     names = mergeable(base.shapes(), model_type)
     check_experts(base, opened, names, model_type)
@@ -198,7 +200,7 @@ def _record(name: str, stack: Tensor, merged: Tensor, expert_names: list[str]) -
     }
 
 
-def _describe(location: str | Path, checkpoint: Checkpoint) -> dict[str, Any]:
+def _describe(location: str | Path, checkpoint: Checkpoint | Adapter) -> dict[str, Any]:
     return {
         "location": str(location),
         "revision": checkpoint.revision,

@@ -21,9 +21,9 @@ class TaskVectors(Mapping[str, Tensor]):
     """Lazy mapping parameter name -> (experts, *shape) float32 stack of expert - base.
 
     `base` and each of `experts` (a mapping expert name -> parameters) map parameter name -> tensor:
-    a `Checkpoint`, a state dict. `names` are the parameters to offer. Each access computes the
-    stack anew, in float32 on `device`. Raises `ValueError` for no experts, and on access for a
-    parameter that an expert lacks or has in another shape.
+    a `Checkpoint`, an `Adapter`, a state dict. `names` are the parameters to offer. Each access
+    computes the stack anew, in float32 on `device`. Raises `ValueError` for no experts, and on
+    access for a parameter that an expert lacks or has in another shape.
     """
 
     def __init__(
@@ -48,6 +48,9 @@ class TaskVectors(Mapping[str, Tensor]):
         base = self.base[name].to(self.device, torch.float32)
         stack = torch.empty((len(self.experts), *base.shape), device=self.device)
         for task_vector, (expert_name, expert) in zip(stack, self.experts.items(), strict=True):
+            if hasattr(expert, "task_vector"):  # an adapter
+                task_vector.copy_(expert.task_vector(name))
+                continue
             tensor = expert.get(name)
             if tensor is None or tensor.shape != base.shape:
                 found = "does not have it" if tensor is None else f"has shape {tuple(tensor.shape)}"

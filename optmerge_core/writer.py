@@ -21,7 +21,8 @@ class CheckpointWriter:
     Tensors are added in order inside a `with` block. A shard is written when the next tensor would
     take it over `max_shard_size` (bytes, or "500MB", "5GB"), so at most one shard is in memory.
     Everything goes to the sibling folder `.<name>.partial`, which is renamed at the end and removed
-    on any error. With `overwrite`, an existing checkpoint folder is replaced only then.
+    on any error. With `overwrite`, an existing checkpoint folder is replaced only then. `single` is
+    the file's name where one is enough.
 
     Raises `CheckpointError` before anything is written if the output exists (and must not or cannot
     be overwritten) or if the disk has less than `expected_bytes` free.
@@ -34,7 +35,9 @@ class CheckpointWriter:
         *,
         overwrite: bool = False,
         expected_bytes: int = 0,
+        single: str = SINGLE_NAME,
     ):
+        self.single = single
         self.output_dir = Path(output_dir).resolve()
         self.max_shard_bytes = _parse_size(max_shard_size)
         check_output(self.output_dir, overwrite=overwrite, expected_bytes=expected_bytes)
@@ -94,7 +97,7 @@ class CheckpointWriter:
         count = len(self._shards)
         weight_map = {}
         for number, names in enumerate(self._shards, start=1):
-            file = f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else SINGLE_NAME
+            file = f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else self.single
             (self.folder / f"{number:05d}").rename(self.folder / file)
             weight_map.update(dict.fromkeys(names, file))
         if count > 1:

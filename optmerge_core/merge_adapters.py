@@ -1,0 +1,161 @@
+"""Merging LoRA adapters into one adapter, exactly, without ever making an outputs × inputs matrix.
+
+With B = [B1 … BN] = Q R and Aᵀ = [A1ᵀ … ANᵀ] = P T, every task vector is τi = Q Ki Pᵀ, with a small
+core Ki of at most Σ ri rows and columns. A method that only multiplies, adds and decomposes its
+task vectors gives Q K Pᵀ, where K is what it gives for the cores: an adapter of rank ≤ Σ ri.
+Methods that look at single entries (TIES, DARE, Adam) leave that span.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from optmerge_core.adapters import CONFIG_NAME, PREFIX, Factors
+from optmerge_core.checkpoints import ADAPTER_NAME, CheckpointError, open_checkpoint
+from optmerge_core.checks import check_request
+from optmerge_core.methods import METHODS
+from optmerge_core.optmerge import PRESETS
+from optmerge_core.writer import CheckpointWriter, check_output
+
+ENTRYWISE = "works on single entries, which leaves the span of the factors"
+IMPOSSIBLE = dict.fromkeys(("ties", "dare_task_arithmetic", "dare_ties"), ENTRYWISE) | {
+    "aswudi": "counts directions that no expert uses"
+}
+
+
+def merge_adapters(
+    experts: Mapping[str, str | Path],
+    output_dir: str | Path,
+    *,
+    method: str = "optmerge",
+    method_options: Mapping[str, Any] | None = None,
+    scaling_coefficient: float = 1.0,
+    overwrite: bool = False,
+) -> Path:
+    """Merge PEFT LoRA adapters of one base model into one adapter that PEFT loads.
+
+    experts: name -> adapter folder or hub id. Equal to `merge` of the same adapters up to rounding.
+    Methods: weight_average, task_arithmetic, tsv, iso_c, swudi, and with SGD wudi and optmerge (its
+    presets lora, the default here, and modality). The others raise `ValueError`, which says why.
+    Returns the folder: adapter_model.safetensors (float32) and adapter_config.json, scale 1.
+    """
+    options = dict(method_options or {})
+    if method == "optmerge":
+        options.setdefault("preset", "lora")
+    check_request(experts, method, options, scaling_coefficient, "tensor")
+    check_possible(method, options)
+    check_output(output_dir, overwrite=overwrite)
+    opened = {n: Factors(open_checkpoint(x, adapter=True)) for n, x in experts.items()}
+    modules = list(dict.fromkeys(module for factors in opened.values() for module in factors))
+    shapes = _common_shapes(opened, modules)
+    merged = {}
+    for module in tqdm(modules, desc=f"merging adapters ({method})", unit="module"):
+        pairs = [factors.get(module) for factors in opened.values()]
+        merged[module] = merge_factors(pairs, method, options, scaling_coefficient, shapes[module])
+    rank = max(a.shape[0] for _, a in merged.values())
+    settings = next(iter(opened.values())).settings | {
+        "r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
+        "target_modules": modules, "exclude_modules": None, "layers_to_transform": None,
+        "layers_pattern": None, "inference_mode": True,
+    }  # fmt: skip
+    with CheckpointWriter(output_dir, 2**63, overwrite=overwrite, single=ADAPTER_NAME) as writer:
+        for module, (b, a) in merged.items():
+            missing = rank - a.shape[0]
+            writer.add(
+                f"{PREFIX}{module}.lora_A.weight", torch.nn.functional.pad(a, (0, 0, 0, missing))
+            )
+            writer.add(f"{PREFIX}{module}.lora_B.weight", torch.nn.functional.pad(b, (0, missing)))
+        writer.write_text(CONFIG_NAME, json.dumps(settings, indent=2) + "\n")
+    return Path(output_dir)
+
+
+def check_possible(method: str, options: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for a method whose result is not an adapter."""
+    reason = IMPOSSIBLE.get(method)
+    if method in ("optmerge", "wudi"):
+        preset = (
+            PRESETS[options.get("preset", "lora")].optimizer if method == "optmerge" else "adam"
+        )
+        if options.get("optimizer", preset) == "adam":
+            reason = f"with Adam {ENTRYWISE}; use optimizer='sgd'"
+    if reason:
+        raise ValueError(
+            f"{method} {reason}: its result is no adapter; use merge with a base model"
+        )
+
+
+def merge_factors(
+    pairs: list[tuple[Tensor, Tensor] | None],
+    method: str,
+    options: Mapping[str, Any],
+    scaling_coefficient: float,
+    shape: tuple[int, int],
+) -> tuple[Tensor, Tensor]:
+    """One layer: factors (B, A) of every expert (None: not adapted) -> factors of the merged one.
+
+    shape: (outputs, inputs). Returns (outputs, r), (r, inputs) float32, with r the smaller side of
+    the cores; computed in float64.
+    """
+    given = [pair for pair in pairs if pair is not None]
+    Q, R = torch.linalg.qr(torch.cat([b for b, _ in given], dim=1).double())
+    P, T = torch.linalg.qr(torch.cat([a for _, a in given]).double().mT)
+    cores, start = R.new_zeros(len(pairs), len(R), len(T)), 0
+    for core, pair in zip(cores, pairs, strict=True):
+        if pair is not None:
+            end = start + len(pair[1])
+            core.copy_(R[:, start:end] @ T[:, start:end].mT)
+            start = end
+    merged = scaling_coefficient * merge_cores(cores, method, options, shape)
+    if len(R) < len(T):
+        return Q.float(), (merged @ P.mT).float()
+    return (Q @ merged).float(), P.mT.float()
+
+
+def merge_cores(
+    cores: Tensor, method: str, options: Mapping[str, Any], shape: tuple[int, int]
+) -> Tensor:
+    """METHODS[method] of the cores (experts, p, q), with its settings those of the whole `shape`.
+
+    What a method takes from the shape (a share of the rank, a mean over all singular values or all
+    entries) is translated; nothing else depends on it.
+    """
+    options, experts = dict(options), len(cores)
+    small, whole = min(cores.shape[1:]), min(shape)
+    if method == "iso_c":  # the mean runs over all singular values, most of them 0
+        return METHODS[method](cores) * small / whole
+    if method == "tsv":  # it keeps small // experts directions of each: no fewer than there are
+        missing = max(experts * min(whole // experts, small) - small, 0)
+        padded = METHODS[method](torch.nn.functional.pad(cores, (0, missing, 0, missing)))
+        return padded[: cores.shape[1], : cores.shape[2]]
+    if method == "swudi":
+        kept = math.ceil(options.get("rank_ratio", 0.65) * shape[1])
+        options["rank_ratio"] = min(1.0, (kept - 0.5) / cores.shape[2])
+    if method == "optmerge":
+        ratio = options.get("rank_ratio", PRESETS[options["preset"]].rank_ratio)
+        kept = max(whole // experts if ratio is None else int(ratio * whole), 1)
+        options["rank_ratio"] = min(1.0, (kept + 0.5) / small)
+    if options.get("learning_rate_unit") == "rms":
+        entries = cores[0].numel() / math.prod(shape)
+        options["learning_rate"] = options["learning_rate"] * entries**0.5
+    return METHODS[method](cores, **options)
+
+
+def _common_shapes(opened: Mapping[str, Factors], modules: list[str]) -> dict[str, tuple[int, int]]:
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, factors in opened.items():
+        for module in factors:
+            shape = shapes.setdefault(module, factors.shape(module))
+            if shape != factors.shape(module):
+                raise CheckpointError(
+                    f"{module}: expert {name} has shape {factors.shape(module)}, another expert "
+                    f"{shape}; adapters of one base model are needed"
+                )
+    return {module: shapes[module] for module in modules}
