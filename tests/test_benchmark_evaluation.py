@@ -15,7 +15,6 @@ from optmerge_core.benchmark.evaluation import (
     load_processor,
     load_split,
 )
-from optmerge_core.benchmark.models import prompt
 from optmerge_core.benchmark.selection import best_scaling, bootstrap, interval, search_scaling
 from optmerge_core.benchmark.tasks import TASKS
 from optmerge_core.parameters import mergeable
@@ -79,7 +78,7 @@ def test_answers_are_what_generate_gives_one_by_one(study, evaluator):
     for index in range(0, len(data), 7):
         item = data[index]
         inputs = processor(
-            images=[item["image"]], text=[prompt(item["question"])], return_tensors="pt"
+            images=[item["image"]], text=[processor.prompt(item["question"])], return_tensors="pt"
         )
         tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
         text = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

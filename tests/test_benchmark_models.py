@@ -1,21 +1,29 @@
-"""The tiny InternVL: real classes, lossless tokens, a processor that equals the fast path."""
+"""The tiny models: real classes, lossless tokens, a processor that equals the fast path."""
 
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from optmerge_core.benchmark.models import build_model, build_processor, prompt
-from optmerge_core.benchmark.tasks import TASKS, sample
-from optmerge_core.benchmark.training import Collate, conversation
+from optmerge_core import open_checkpoint
+from optmerge_core.benchmark.evaluation import Evaluator
+from optmerge_core.benchmark.models import FAMILIES, build_model, build_processor
+from optmerge_core.benchmark.tasks import TASKS, make_dataset, sample
+from optmerge_core.benchmark.training import Collate
+from optmerge_core.parameters import mergeable
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def family(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def processor():
-    return build_processor()
+def processor(family):
+    return build_processor(family)
 
 
-@pytest.mark.parametrize("level", ["grid", "caption", "easy", "full"])
+@pytest.mark.parametrize("level", ["grid", "caption", "easy", "medium", "full"])
 @pytest.mark.parametrize("task", TASKS)
 def test_answers_survive_tokens_and_none_is_unknown(processor, task, level):
     tokenizer = processor.tokenizer
@@ -28,22 +36,31 @@ def test_answers_survive_tokens_and_none_is_unknown(processor, task, level):
 
 
 def test_collate_equals_the_processor(processor):
-    item = sample("Chart", "train", 3)
-    batch = Collate(processor)([item])
-    stock = processor(
-        images=[Image.fromarray(item.image)], text=[prompt(item.question)], return_tensors="pt"
-    )
-    assert torch.equal(batch["pixel_values"], stock["pixel_values"])
-    length = stock["input_ids"].shape[1]
-    assert torch.equal(batch["input_ids"][:, :length], stock["input_ids"])
-    assert (batch["labels"][:, :length] == -100).all()
+    items = [sample("Chart", "train", i) for i in range(3)]
+    batch = Collate(processor)(items)
+    for row, item in enumerate(items):
+        stock = processor(
+            images=[Image.fromarray(item.image)],
+            text=[processor.prompt(item.question)],
+            return_tensors="pt",
+        )
+        assert set(stock) - {"attention_mask"} == set(batch) - {"labels"}
+        pixels = batch["pixel_values"].chunk(3)[row]
+        assert torch.equal(pixels, stock["pixel_values"])
+        length = stock["input_ids"].shape[1]
+        for name in ("input_ids", "mm_token_type_ids"):
+            if name in stock:
+                assert torch.equal(batch[name][row, :length], stock[name][0])
+        assert (batch["labels"][row, :length] == -100).all()
+        if "image_grid_thw" in stock:
+            assert torch.equal(batch["image_grid_thw"][[row]], stock["image_grid_thw"])
 
 
 def test_prompt_is_the_chat_template(processor):
     content = [{"type": "image"}, {"type": "text", "text": "how many ?"}]
     messages = [{"role": "user", "content": content}]
     templated = processor.apply_chat_template(messages, add_generation_prompt=True)
-    assert templated == prompt("how many ?")
+    assert templated == processor.prompt("how many ?")
 
 
 def test_conversation_is_the_chat_template(processor):
@@ -54,19 +71,22 @@ def test_conversation_is_the_chat_template(processor):
         content = [*image, {"type": "text", "text": question}]
         messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
     templated = processor.apply_chat_template(messages)
-    block = "<img>" + 16 * "<IMG_CONTEXT>" + "</img>"
-    assert templated.replace("<IMG_CONTEXT>", block) == "".join(conversation(item.turns))
+    expanded = templated.replace(processor.placeholder, processor.block)
+    assert expanded == "".join(processor.conversation(item.turns))
+    assert processor.block.count(processor.image_token) == 16
 
 
-def test_folder_opens_with_the_auto_classes_and_generates(processor, tmp_path):
-    model = build_model(processor.tokenizer, seed=3)
+def test_folder_opens_with_the_auto_classes_and_generates(processor, family, tmp_path):
+    model = build_model(processor, family, seed=3)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     opened = AutoModelForImageTextToText.from_pretrained(tmp_path)
     again = AutoProcessor.from_pretrained(tmp_path)
     item = sample("VQA", "train", 0)
     inputs = again(
-        images=[Image.fromarray(item.image)], text=[prompt(item.question)], return_tensors="pt"
+        images=[Image.fromarray(item.image)],
+        text=[again.prompt(item.question)],
+        return_tensors="pt",
     )
     with torch.no_grad():
         assert torch.equal(opened(**inputs).logits, model(**inputs).logits)
@@ -74,13 +94,34 @@ def test_folder_opens_with_the_auto_classes_and_generates(processor, tmp_path):
     assert tokens.shape[1] > inputs["input_ids"].shape[1]
 
 
-def test_the_seed_decides_every_weight(processor):
-    first, again, other = (build_model(processor.tokenizer, seed=s) for s in (0, 0, 1))
+def test_evaluator_answers_as_generate_does(processor, family, tmp_path):
+    model = build_model(processor, family, seed=3).eval()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    data = make_dataset("VQA", "validation", 6)
+    table = Evaluator(tmp_path, data).answer()
+    for index, item in enumerate(data):
+        inputs = processor(
+            images=[item["image"]], text=[processor.prompt(item["question"])], return_tensors="pt"
+        )
+        tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        text = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert table.loc[index, "prediction"] == text
+
+
+def test_language_model_s_linear_layers_merge(processor, family, tmp_path):
+    build_model(processor, family).save_pretrained(tmp_path)
+    names = mergeable(open_checkpoint(tmp_path).shapes(), family)
+    assert len(names) == 4 * 7 and all(".layers." in name for name in names)
+
+
+def test_the_seed_decides_every_weight(processor, family):
+    first, again, other = (build_model(processor, family, seed=s) for s in (0, 0, 1))
     pairs = list(zip(first.parameters(), again.parameters(), other.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b, _ in pairs)
     assert any(not torch.equal(a, c) for a, _, c in pairs)
 
 
-def test_shipped_tokenizer_is_what_the_package_builds(processor):
+def test_shipped_tokenizer_is_what_the_package_builds():
     shipped = AutoProcessor.from_pretrained("data/benchmark/internvl/base").tokenizer
-    assert shipped.get_vocab() == processor.tokenizer.get_vocab()
+    assert shipped.get_vocab() == build_processor("internvl").tokenizer.get_vocab()

@@ -16,9 +16,9 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from datasets.table import InMemoryTable
 from tqdm.auto import tqdm
-from transformers import InternVLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from .models import ImageInternVLProcessor, prompt
+from . import models  # noqa: F401  (registers the families' processors)
 from .tasks import TASKS
 
 MAX_NEW_TOKENS = 8
@@ -60,11 +60,11 @@ def is_correct(task, kind, prediction, answer):
 
 def load_model(folder):
     """A benchmark checkpoint in float32, ready to answer."""
-    return InternVLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def load_processor(folder):
-    return ImageInternVLProcessor.from_pretrained(folder)
+    return AutoProcessor.from_pretrained(folder)
 
 
 class Evaluator:
@@ -92,15 +92,21 @@ class Evaluator:
 
     @torch.inference_mode()
     def _embed(self, processor, rows):
-        inputs = processor(
+        """What `generate` takes: prompts with the features of their images in place."""
+        inputs = dict(processor(
             images=list(rows["image"]),
-            text=[prompt(q) for q in rows["question"]],
+            text=[processor.prompt(q) for q in rows["question"]],
             return_tensors="pt",
+        ))  # fmt: skip
+        ids, grid = inputs["input_ids"], inputs.get("image_grid_thw")
+        images = {"pixel_values": inputs.pop("pixel_values")}
+        images |= {"image_grid_thw": grid} if grid is not None else {}
+        features = self.model.get_image_features(**images).pooler_output
+        embeddings = self.model.get_input_embeddings()(ids)
+        embeddings[ids == processor.image_token_id] = torch.cat(
+            [f.flatten(0, -2) for f in features]
         )
-        embeddings = self.model.get_input_embeddings()(inputs["input_ids"])
-        features = self.model.get_image_features(inputs["pixel_values"]).pooler_output
-        embeddings[inputs["input_ids"] == processor.image_token_id] = features.flatten(0, 1)
-        return embeddings
+        return inputs | {"inputs_embeds": embeddings}
 
     def memory_name(self, name):
         """A parameter's name on disk -> in memory, where transformers names it otherwise."""
@@ -121,13 +127,9 @@ class Evaluator:
                 f"the base model has no {', '.join(changed)}: are these weights of another family?"
             )
         predictions = np.empty(len(self.samples), dtype=object)
-        for rows, embeddings in self.batches:
-            tokens = self.model.generate(
-                inputs_embeds=embeddings,
-                attention_mask=torch.ones(embeddings.shape[:2], dtype=torch.long),
-                max_new_tokens=MAX_NEW_TOKENS,
-                do_sample=False,
-            )
+        for rows, inputs in self.batches:
+            tokens = self.model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+            tokens = tokens[:, inputs["input_ids"].shape[1] :]
             predictions[rows] = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         table = self.samples.assign(prediction=predictions)
         table["correct"] = [

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers import InternVLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from optmerge_core.parameters import mergeable
 
-from .models import IMAGE_TOKENS, build_model, build_processor, prompt
+from .models import build_model, build_processor
 from .tasks import TASKS, sample
 
 BASE = {  # all there is to see, but some kinds of question only about few things
@@ -27,8 +28,11 @@ BASE = {  # all there is to see, but some kinds of question only about few thing
     "levels": {"grid": 0.2, "caption": 0.15, "easy": 0.3, "medium": 0.35},
 }
 REGIMES = {  # Theorem 3.1 in two points: short, gentle fine-tuning and long, strong fine-tuning
-    "gentle": {"learning_rate": 5e-4, "steps": 200},
-    "stressed": {"learning_rate": 2e-3, "steps": 150},
+    "internvl": {
+        "gentle": {"learning_rate": 5e-4, "steps": 200},
+        "stressed": {"learning_rate": 2e-3, "steps": 150},
+    },
+    "qwen2_vl": {"lora": {"learning_rate": 1e-3, "steps": 200, "rank": 8}},
 }
 
 
@@ -58,30 +62,15 @@ class Samples(Dataset):
         return sample(task, "train", index, level, self.seed)
 
 
-def conversation(turns):
-    """The text of a conversation about one image: prompt, answer, prompt, answer, ..."""
-    block = "<img>" + "<IMG_CONTEXT>" * IMAGE_TOKENS + "</img>"
-    parts = []
-    for number, (question, answer, _) in enumerate(turns):
-        image = "" if number else block
-        parts += [prompt(question).replace("<IMG_CONTEXT>", image), answer + "<|im_end|>"]
-    return parts
-
-
 @dataclass(frozen=True)
 class Collate:
-    """Samples to one batch: pixel_values (b, 3, 56, 56), input_ids and labels (b, t), padded right.
-
-    Equal to the processor's output (a test compares them), without its per-image overhead.
-    """
+    """Samples to one batch: input_ids and labels (b, t), padded right, and the family's images."""
 
     processor: object
 
     def __call__(self, samples):
-        tokenizer, images = self.processor.tokenizer, self.processor.image_processor
-        pixels = torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2)
-        mean, std = torch.tensor(images.image_mean), torch.tensor(images.image_std)
-        rows = [conversation(s.turns) for s in samples]
+        tokenizer = self.processor.tokenizer
+        rows = [self.processor.conversation(s.turns) for s in samples]
         ids = iter(tokenizer([part for row in rows for part in row])["input_ids"])
         rows = [[next(ids) for _ in row] for row in rows]
         width = max(sum(map(len, row)) for row in rows)
@@ -95,11 +84,8 @@ class Collate:
                 if number % 2:
                     targets[start:end] = tokens[start:end]
                 start = end
-        return {
-            "pixel_values": (pixels / 255 - mean[:, None, None]) / std[:, None, None],
-            "input_ids": input_ids,
-            "labels": labels,
-        }
+        images = self.processor.image_inputs(np.stack([s.image for s in samples]), input_ids)
+        return {"input_ids": input_ids, "labels": labels, **images}
 
 
 def train(model, batches, *, learning_rate, steps, parameters=None, warmup=0.05, label=""):
@@ -148,10 +134,10 @@ def batches(processor, count, batch, *, tasks, levels, seed, workers=1):
     )
 
 
-def train_base(steps=3200, batch=64, learning_rate=2e-3, seed=0, workers=1):
+def train_base(family="internvl", steps=6000, batch=64, learning_rate=2e-3, seed=0, workers=1):
     """The base model from random weights: grids, captions, easy and medium questions."""
-    processor = build_processor()
-    model = build_model(processor.tokenizer, seed)
+    processor = build_processor(family)
+    model = build_model(processor, family, seed)
     stream = batches(processor, steps, batch, seed=seed, workers=workers, **BASE)
     losses = train(model, stream, learning_rate=learning_rate, steps=steps, label="base")
     return model, processor, losses
@@ -163,28 +149,39 @@ def language_linears(model):
     return set(mergeable(shapes, model.config.model_type))
 
 
-def fine_tune(base_folder, tasks, *, steps, learning_rate, seed, batch=64, workers=1, label=""):
-    """Fine-tune the language model's linear layers on full questions of `tasks`."""
-    model = InternVLForConditionalGeneration.from_pretrained(base_folder, dtype=torch.float32)
-    processor = build_processor()
+def fine_tune(
+    base_folder, tasks, *, steps, learning_rate, seed, rank=None, batch=64, workers=1, label=""
+):
+    """Fine-tune the language model's linear layers on full questions of `tasks`.
+
+    rank: train a LoRA adapter of that rank (alpha = 2 rank, no dropout) instead of the layers.
+    """
+    model = AutoModelForImageTextToText.from_pretrained(base_folder, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(base_folder)
     weights = dict.fromkeys(tasks, 1.0)
     stream = batches(
         processor, steps, batch, tasks=weights, levels={"full": 1.0}, seed=seed, workers=workers
     )
     trained = language_linears(model)
+    if rank is not None:
+        modules = [name.removesuffix(".weight") for name in trained]
+        torch.manual_seed(seed)  # the factors' start
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=modules)
+        model = get_peft_model(model, config)
+        trained = {name for name, _ in model.named_parameters() if ".lora_" in name}
     losses = train(
         model, stream, learning_rate=learning_rate, steps=steps, parameters=trained, label=label
     )
     return model, processor, losses
 
 
-def plan(seed=1):
+def plan(family="internvl", seed=1):
     """Folder -> settings of `fine_tune`: per regime an expert a task and a mixture-training model.
 
     The mixture model sees as many samples as its regime's experts together.
     """
     jobs = {}
-    for regime, settings in REGIMES.items():
+    for regime, settings in REGIMES[family].items():
         for number, task in enumerate(TASKS):
             jobs[f"{regime}/{task}"] = settings | {"tasks": [task], "seed": seed + number}
         steps = settings["steps"] * len(TASKS)
@@ -194,27 +191,36 @@ def plan(seed=1):
 
 
 def save(model, processor, folder, log):
-    """A Hugging Face folder in float16 (bfloat16 would round a small task vector away), its log."""
-    model.to(torch.float16).save_pretrained(folder)
-    processor.save_pretrained(folder)
+    """A Hugging Face folder in float16 (bfloat16 would round a small task vector away), its log.
+
+    Of a PEFT model only the adapter, which names its base model by a relative path.
+    """
+    model.to(torch.float16)
+    if isinstance(model, PeftModel):
+        model.peft_config["default"].base_model_name_or_path = "../../base"
+        model.save_pretrained(folder)
+        Path(folder, "README.md").unlink()
+    else:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
     Path(f"{folder}.json").write_text(json.dumps(log, indent=1) + "\n")
 
 
-def build(output, only=None, seed=1):
-    """Train what is shipped into `output`: the base, then `plan`'s models (or one, `only`).
+def build(output, family="internvl", only=None, seed=1):
+    """Train what is shipped of a family into `output`: the base, then `plan`'s models (or `only`).
 
     What is there is kept. Beside each folder lies a log of its settings, loss and seconds. About
-    half an hour for the base on two cores, a minute or two for a gentle expert.
+    three quarters of an hour for the base on two cores, a minute or two for an expert.
     """
     output = Path(output)
-    jobs = {"base": None} | plan(seed)
+    jobs = {"base": None} | plan(family, seed)
     for name in [only] if only else jobs:
         folder, settings = output / name, jobs[name]
         if folder.exists():
             continue
         started = time.perf_counter()
         if settings is None:
-            model, processor, losses = train_base()
+            model, processor, losses = train_base(family)
             settings = {"tasks": list(TASKS)}
         else:
             model, processor, losses = fine_tune(output / "base", label=name, **settings)
@@ -235,6 +241,7 @@ def build(output, only=None, seed=1):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output")
-    parser.add_argument("--only", choices=["base", *plan()])
+    parser.add_argument("--family", choices=list(REGIMES), default="internvl")
+    parser.add_argument("--only", help="base, or the folder of one model, as gentle/VQA")
     arguments = parser.parse_args()
-    build(arguments.output, arguments.only)
+    build(arguments.output, arguments.family, arguments.only)

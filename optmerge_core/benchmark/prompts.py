@@ -1,0 +1,34 @@
+"""What training and evaluation ask of a family's processor, beside what transformers asks."""
+
+import torch
+
+
+class Prompts:
+    """Prompts about one image, and image inputs without the processor's overhead per image.
+
+    A family's processor adds `placeholder` (the image in a prompt, as the chat template writes
+    it), `block` (the placeholder after expansion to image tokens) and `arrange`.
+    """
+
+    def prompt(self, question, image=None):
+        """The chat template applied to one image and one question, up to the answer."""
+        image = self.placeholder if image is None else image
+        return f"<|im_start|>user\n{image}{question}<|im_end|><|im_start|>assistant\n"
+
+    def conversation(self, turns):
+        """A conversation about one image: prompt, answer, prompt, answer, ..., expanded."""
+        parts = []
+        for number, (question, answer, _) in enumerate(turns):
+            image = "" if number else self.block
+            parts += [self.prompt(question, image), answer + self.tokenizer.eos_token]
+        return parts
+
+    def image_inputs(self, images, input_ids):
+        """uint8 (b, 56, 56, 3) and prompts (b, t) -> what the model takes beside `input_ids`.
+
+        Equal to the processor's own output (a test compares them).
+        """
+        settings = self.image_processor
+        mean, std = torch.tensor(settings.image_mean), torch.tensor(settings.image_std)
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+        return self.arrange((pixels - mean[:, None, None]) / std[:, None, None], input_ids)

@@ -1,0 +1,69 @@
+"""The benchmark's tokenizer: words, single characters, single digits and location tokens."""
+
+import re
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from .scenes import BIN, CHARACTERS, IMAGE_SIZE
+from .tasks import TASKS, sample
+
+PIECES = r" ?[a-z]+| ?[A-Z0-9]|\s|[^\sA-Za-z0-9]"
+
+
+def build_tokenizer(named):
+    """A tokenizer whose decoding is lossless; named: attribute -> special token of a family."""
+    text = " ".join(
+        f"{question} {answer}"
+        for task in TASKS
+        for level in ("grid", "caption", "easy", "full")
+        for i in range(300)
+        for question, answer, _ in sample(task, "train", i, level).turns
+    )
+    locations = [f"<loc{i}>" for i in range(IMAGE_SIZE // BIN + 1)]
+    singles = [f"{space}{c}" for space in ("", " ") for c in sorted(set(CHARACTERS + "0123456789"))]
+    pieces = set(re.findall(PIECES, re.sub(r"<loc\d+>", "", text))) | set(singles)
+    words = {w for piece in pieces for w in (piece, piece.strip())} - {""} | {
+        " ",
+        "\n",
+        "user",
+        "assistant",
+    }
+    ordered = (
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *named.values(), "<unk>"]
+        + locations
+        + sorted(w.replace(" ", "Ġ").replace("\n", "Ċ") for w in words)
+    )
+    tokenizer = Tokenizer(
+        models.WordLevel({w: i for i, w in enumerate(ordered)}, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens(locations)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        padding_side="left",
+        model_max_length=512,
+        extra_special_tokens=named | {"start_of_turn_token": "<|im_start|>"},
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def chat_template(image):
+    """A Qwen chat template in which an image part is written as `image`."""
+    return (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+        "{% if message.content is string %}{{ message.content }}{% else %}"
+        "{% for part in message.content %}"
+        "{% if part.type == 'image' %}" + image + "{% else %}{{ part.text }}{% endif %}"
+        "{% endfor %}{% endif %}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
