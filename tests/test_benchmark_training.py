@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from optmerge_core import open_checkpoint
-from optmerge_core.benchmark.training import Samples, build, fine_tune, plan, save
+from optmerge_core.adapters import open_expert
+from optmerge_core.benchmark.training import Samples, build, fine_tune, plan, save, train_base
 from optmerge_core.parameters import mergeable
 
 BASE = "data/benchmark/internvl/base"
@@ -72,3 +73,30 @@ def test_build_keeps_what_is_there(tmp_path):
     (tmp_path / "base").mkdir()
     build(tmp_path, only="base")
     assert list((tmp_path / "base").iterdir()) == []
+
+
+def test_lora_fine_tuning_gives_an_adapter_of_the_base(tmp_path):
+    settings = {"steps": 4, "learning_rate": 1e-2, "seed": 4, "batch": 8, "workers": 0, "rank": 2}
+    for run in ("first", "again"):
+        model, processor, _ = fine_tune(BASE, ["OCR"], **settings)
+        save(model, processor, tmp_path / run, settings)
+    files = [tmp_path / run / "adapter_model.safetensors" for run in ("first", "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    written = (tmp_path / "first" / "adapter_config.json").read_text()
+    assert '"base_model_name_or_path": "../../base"' in written and str(tmp_path) not in written
+    base = open_checkpoint(BASE)
+    adapter = open_expert(tmp_path / "first", base)
+    assert set(adapter.modules) == set(mergeable(base.shapes(), "internvl"))
+    name = next(iter(adapter.modules))
+    assert torch.linalg.matrix_rank(adapter.task_vector(name)) == 2
+
+
+def test_a_base_can_start_from_another_family_s_language_model():
+    model, _, losses = train_base(
+        "qwen2_vl", steps=1, learning_rate=0.0, seed=3, start=BASE, batch=4, workers=0
+    )
+    base, weights = open_checkpoint(BASE), model.state_dict()
+    name = "layers.2.mlp.up_proj.weight"
+    ours = weights[f"model.language_model.{name}"]
+    torch.testing.assert_close(ours, base[f"language_model.model.{name}"].float())
+    assert np.isfinite(losses).all()

@@ -63,10 +63,10 @@ AutoProcessor.register(Qwen2VLConfig, ImageQwen2VLProcessor, exist_ok=True)
 def build_processor():
     """The processor for 56 x 56 images, 16 image tokens each."""
     tokens = {
-        "image_token": IMAGE,
-        "video_token": VIDEO,
         "vision_start_token": VISION_START,
         "vision_end_token": VISION_END,
+        "image_token": IMAGE,
+        "video_token": VIDEO,
     }
     return ImageQwen2VLProcessor(
         image_processor=Qwen2VLImageProcessorPil(

@@ -23,6 +23,10 @@ from optmerge_core.parameters import mergeable
 from .models import build_model, build_processor
 from .tasks import TASKS, sample
 
+BASES = {  # Qwen2-VL starts from the other family's language model
+    "internvl": {"learning_rate": 2e-3, "steps": 6000, "seed": 0},
+    "qwen2_vl": {"learning_rate": 2e-3, "steps": 2500, "seed": 100, "start": "../internvl/base"},
+}
 BASE = {  # all there is to see, but some kinds of question only about few things
     "tasks": {"VQA": 0.22, "Geometry": 0.28, "Chart": 0.22, "OCR": 0.08, "Grounding": 0.2},
     "levels": {"grid": 0.2, "caption": 0.15, "easy": 0.3, "medium": 0.35},
@@ -134,10 +138,16 @@ def batches(processor, count, batch, *, tasks, levels, seed, workers=1):
     )
 
 
-def train_base(family="internvl", steps=6000, batch=64, learning_rate=2e-3, seed=0, workers=1):
-    """The base model from random weights: grids, captions, easy and medium questions."""
+def train_base(family, *, steps, learning_rate, seed, start=None, batch=64, workers=1):
+    """The base model from random weights: grids, captions, easy and medium questions.
+
+    start: a base of another family, whose language model is taken over.
+    """
     processor = build_processor(family)
     model = build_model(processor, family, seed)
+    if start is not None:
+        other = AutoModelForImageTextToText.from_pretrained(start, dtype=torch.float32)
+        model.model.language_model.load_state_dict(other.model.language_model.state_dict())
     stream = batches(processor, steps, batch, seed=seed, workers=workers, **BASE)
     losses = train(model, stream, learning_rate=learning_rate, steps=steps, label="base")
     return model, processor, losses
@@ -164,7 +174,7 @@ def fine_tune(
     )
     trained = language_linears(model)
     if rank is not None:
-        modules = [name.removesuffix(".weight") for name in trained]
+        modules = sorted(name.removesuffix(".weight") for name in trained)
         torch.manual_seed(seed)  # the factors' start
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=modules)
         model = get_peft_model(model, config)
@@ -198,7 +208,7 @@ def save(model, processor, folder, log):
     model.to(torch.float16)
     if isinstance(model, PeftModel):
         model.peft_config["default"].base_model_name_or_path = "../../base"
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, save_embedding_layers=False)
         Path(folder, "README.md").unlink()
     else:
         model.save_pretrained(folder)
@@ -213,15 +223,16 @@ def build(output, family="internvl", only=None, seed=1):
     three quarters of an hour for the base on two cores, a minute or two for an expert.
     """
     output = Path(output)
-    jobs = {"base": None} | plan(family, seed)
+    jobs = {"base": BASES[family]} | plan(family, seed)
     for name in [only] if only else jobs:
         folder, settings = output / name, jobs[name]
         if folder.exists():
             continue
         started = time.perf_counter()
-        if settings is None:
-            model, processor, losses = train_base(family)
-            settings = {"tasks": list(TASKS)}
+        if name == "base":
+            start = {"start": output / settings["start"]} if "start" in settings else {}
+            model, processor, losses = train_base(family, **settings | start)
+            settings = {"tasks": list(TASKS)} | settings
         else:
             model, processor, losses = fine_tune(output / "base", label=name, **settings)
         every = len(losses) // 100 or 1
