@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-from .prompts import Prompts
+from .family import Prompts, text_config
 from .scenes import IMAGE_SIZE
 from .tokenizer import build_tokenizer, chat_template
 
@@ -91,21 +91,7 @@ def build_model(tokenizer, seed=0, text_width=128, text_layers=4, vision_width=9
             "layer_scale_init_value": 1.0,
             "attention_bias": True,
         },
-        text_config={
-            "model_type": "qwen2",
-            "initializer_range": 0.06,
-            "vocab_size": len(tokenizer),
-            "hidden_size": text_width,
-            "num_hidden_layers": text_layers,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "intermediate_size": 2 * text_width,
-            "max_position_embeddings": 512,
-            "tie_word_embeddings": True,
-            "bos_token_id": None,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        },
+        text_config={"model_type": "qwen2"} | text_config(tokenizer, text_width, text_layers),
         image_token_id=tokenizer.context_image_token_id,
         image_seq_length=IMAGE_TOKENS,
         tie_word_embeddings=True,

@@ -14,7 +14,7 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from .prompts import Prompts
+from .family import Prompts, text_config
 from .scenes import CELL, IMAGE_SIZE
 from .tokenizer import build_tokenizer, chat_template
 
@@ -94,24 +94,13 @@ def build_model(tokenizer, seed=0, text_width=128, text_layers=4, vision_width=9
             "patch_size": PATCH,
             "initializer_range": 0.06,
         },
-        text_config={
-            "initializer_range": 0.06,
-            "vocab_size": len(tokenizer),
-            "hidden_size": text_width,
-            "num_hidden_layers": text_layers,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "intermediate_size": 2 * text_width,
-            "max_position_embeddings": 512,
-            "tie_word_embeddings": True,
+        text_config=text_config(tokenizer, text_width, text_layers)
+        | {
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 10000.0,
                 "mrope_section": [2 * quarter, quarter, quarter],
-            },
-            "bos_token_id": None,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
+            }
         },
         image_token_id=ids["image"],
         video_token_id=ids["video"],

@@ -1,4 +1,4 @@
-"""What training and evaluation ask of a family's processor, beside what transformers asks."""
+"""What the model families share: prompts, image inputs, the language model's configuration."""
 
 import torch
 
@@ -32,3 +32,21 @@ class Prompts:
         mean, std = torch.tensor(settings.image_mean), torch.tensor(settings.image_std)
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
         return self.arrange((pixels - mean[:, None, None]) / std[:, None, None], input_ids)
+
+
+def text_config(tokenizer, width, layers):
+    """A Qwen2 language model of four heads: what both families' `text_config` say."""
+    return {
+        "initializer_range": 0.06,
+        "vocab_size": len(tokenizer),
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 2 * width,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
