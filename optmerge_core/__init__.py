@@ -1,5 +1,6 @@
 """Merging fine-tuned experts of one multimodal base model (OptMerge, arXiv 2505.19892)."""
 
+from optmerge_core.adapters import open_expert
 from optmerge_core.checkpoints import open_checkpoint
 from optmerge_core.merge import merge
 from optmerge_core.merge_adapters import merge_adapters
@@ -14,4 +15,5 @@ __all__ = [
     "merge",
     "merge_adapters",
     "open_checkpoint",
+    "open_expert",
 ]

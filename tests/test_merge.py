@@ -318,5 +318,6 @@ def test_same_folder_twice_is_a_notice(tiny, tmp_path):
 def test_package_exports():
     assert set(optmerge_core.__all__) == {
         "METHODS", "__version__", "load_recipe", "merge", "merge_adapters", "open_checkpoint",
+        "open_expert",
     }  # fmt: skip
     assert optmerge_core.merge is merge and optmerge_core.__version__ == "0.1.0"

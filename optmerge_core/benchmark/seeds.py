@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from optmerge_core import METHODS, load_recipe, open_checkpoint
+from optmerge_core import METHODS, load_recipe, open_checkpoint, open_expert
 from optmerge_core.merge import merge_tensors
 from optmerge_core.parameters import mergeable
 
@@ -37,7 +37,7 @@ def expert_folders(study, folder, seed):
 def evaluate(study, experts):
     """Test accuracy of the experts and of every method, its scaling from validation data."""
     base, size = open_checkpoint(study.base_model), study.evaluation
-    opened = {name: open_checkpoint(folder) for name, folder in experts.items()}
+    opened = {name: open_expert(folder, base) for name, folder in experts.items()}
     names = mergeable(base.shapes(), base.config()["model_type"])
     merged = {
         method: merge_tensors(
