@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
+from optmerge_core.adapters import open_expert
 from optmerge_core.checkpoints import open_checkpoint
 from optmerge_core.checks import check_experts
 from optmerge_core.merge import merge
 from optmerge_core.parameters import mergeable
 from optmerge_core.pipeline import NotebookError, run
-from optmerge_core.recipe import Recipe, load_recipe
+from optmerge_core.recipe import load_recipe
 from optmerge_core.task_vectors import TaskVectors, layer_norms
 
 
@@ -27,14 +28,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.simplefilter("default")
         warnings.showwarning = lambda message, *_: print(f"notice: {message}", file=sys.stderr)
         try:
-            options.command(load_recipe(options.recipe), options)
+            options.command(options)
         except (ValueError, OSError, NotebookError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
     return 0
 
 
-def merge_command(recipe: Recipe, options: argparse.Namespace) -> None:
+def merge_command(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe)
     method = options.method or recipe.merge_method
     scaling_coefficient = options.scaling_coefficient
     report = merge(
@@ -60,9 +62,10 @@ def merge_command(recipe: Recipe, options: argparse.Namespace) -> None:
     )
 
 
-def inspect_command(recipe: Recipe, options: argparse.Namespace) -> None:
+def inspect_command(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe)
     base = open_checkpoint(recipe.base_model)
-    experts = {name: open_checkpoint(location) for name, location in recipe.experts.items()}
+    experts = {name: open_expert(location, base) for name, location in recipe.experts.items()}
     model_type = recipe.family or base.config().get("model_type")
     names = mergeable(base.shapes(), model_type)
     check_experts(base, experts, names, model_type)
@@ -88,7 +91,7 @@ def inspect_command(recipe: Recipe, options: argparse.Namespace) -> None:
     console.print(table)
 
 
-def run_command(recipe: Recipe, options: argparse.Namespace) -> None:
+def run_command(options: argparse.Namespace) -> None:
     run(options.recipe, options.output, options.device)
 
 
@@ -99,7 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     def add(name: str, command, text: str, output: bool = True) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(command=command)
-        sub.add_argument("recipe", metavar="RECIPE", help="a YAML file, see data/recipes")
+        several = "+" if command is run_command else None
+        sub.add_argument("recipe", metavar="RECIPE", nargs=several, help="YAML, see data/recipes")
         if output:
             sub.add_argument(
                 "--output",
@@ -115,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--scaling-coefficient", type=float, metavar="X", help="not the recipe's")
     sub.add_argument("--overwrite", action="store_true", help="replace a checkpoint at DIR")
     add("inspect", inspect_command, "show what a recipe's merge would merge", output=False)
-    add("run", run_command, "run the notebooks on a recipe")
+    add("run", run_command, "run the notebooks on a recipe, or on several and compare")
     return parser
 
 

@@ -144,7 +144,8 @@ def merge_cores(
         options["rank_ratio"] = min(1.0, (kept + 0.5) / small)
     if options.get("learning_rate_unit") == "rms":
         entries = cores[0].numel() / math.prod(shape)
-        options["learning_rate"] = options["learning_rate"] * entries**0.5
+        published = PRESETS[options.get("preset", "full")].learning_rate  # wudi's is full's
+        options["learning_rate"] = options.get("learning_rate", published) * entries**0.5
     return METHODS[method](cores, **options)
 
 

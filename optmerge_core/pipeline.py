@@ -1,4 +1,4 @@
-"""The notebooks in order for one recipe.
+"""The notebooks in order, for one recipe or several.
 
 What has finished is not run again: a run that stopped goes on where it stopped. Figures and tables
 go to one folder, the executed notebooks to another; the notebooks themselves are never changed.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +28,33 @@ class NotebookError(RuntimeError):
 
 
 def run(
-    recipe_path: str | Path,
+    recipe_paths: str | Path | Sequence[str | Path],
     output_dir: str | Path | None = None,
     device: str = "auto",
     notebooks_dir: str | Path | None = None,
 ) -> list[Path]:
-    """Execute the numbered notebooks on a recipe; returns the executed copies, in order.
+    """Execute the numbered notebooks on one or several recipes; returns the executed copies.
 
-    With `output_dir`, figures and tables go to `output_dir/figures` and the executed copies to
-    `output_dir/notebooks`. Without it they go to `figures/<name>` and `runs/<name>/notebooks` of
-    the checkout, `name` being the recipe's. Each notebook is given `recipe`, `output_dir` (the
-    folder of the figures) and `device`, the paths relative to the notebooks' folder, in which it
-    runs as it does in JupyterLab.
+    With `output_dir`, a recipe's figures and tables go to `output_dir/figures` and the executed
+    copies to `output_dir/notebooks` (of several recipes, to these in `output_dir/<name>`). Without
+    it they go to `figures/<name>` and `runs/<name>/notebooks` of the checkout, `name` being the
+    recipe's. Each notebook is given `recipe`, `output_dir` (the folder of the figures) and
+    `device`, the paths relative to the notebooks' folder, in which it runs as it does in
+    JupyterLab. A notebook whose parameters are `recipes` and `figure_dirs` compares: it runs once,
+    after all others, on several recipes, as if on one named `comparison`.
 
     A notebook is skipped if its copy was made with the same parameters and is newer than the
     recipe, the notebook and every copy before it, since notebooks hand over through files.
     Raises `NotebookError` if one fails, `ValueError` if there is nothing to run.
     """
-    recipe_path = Path(recipe_path).resolve()
-    recipe = load_recipe(recipe_path)
+    if isinstance(recipe_paths, str | Path):
+        recipe_paths = [recipe_paths]
+    studies: dict[str, Path] = {}
+    for path in map(Path, recipe_paths):
+        name = load_recipe(path).name
+        if name in studies:
+            raise ValueError(f"{path}: the name {name!r} is {studies[name].name}'s too; rename one")
+        studies[name] = path.resolve()
     folder = Path(notebooks_dir or CHECKOUT / "notebooks").resolve()
     notebooks = sorted(folder.glob("[0-9]*.ipynb"))
     if not notebooks:
@@ -53,25 +62,48 @@ def run(
             f"{_shown(folder)}: no numbered notebook; `run` needs a checkout of the repository "
             "installed with `make setup`, not the package alone"
         )
-    if output_dir is None:
-        figures = folder.parent / "figures" / recipe.name
-        copies = folder.parent / "runs" / recipe.name / "notebooks"
-    else:
-        figures = Path(output_dir).resolve() / "figures"
-        copies = Path(output_dir).resolve() / "notebooks"
+    comparing = [notebook for notebook in notebooks if _compares(notebook)]
+    several = len(studies) > 1
+
+    def folders(name: str) -> tuple[Path, Path]:
+        if output_dir is None:
+            return folder.parent / "figures" / name, folder.parent / "runs" / name / "notebooks"
+        out = Path(output_dir).resolve() / (name if several else "")
+        return out / "figures", out / "notebooks"
+
+    executed: list[Path] = []
+    for name, path in studies.items():
+        figures, copies = folders(name)
+        given = {"recipe": _relative(path, folder), "device": device}
+        alone = [notebook for notebook in notebooks if notebook not in comparing]
+        executed += _run_all(name, alone, given, figures, copies, [path])
+    if several and comparing:
+        given = {
+            "recipes": [_relative(path, folder) for path in studies.values()],
+            "figure_dirs": [_relative(folders(name)[0], folder) for name in studies],
+            "device": device,
+        }
+        executed += _run_all("comparison", comparing, given, *folders("comparison"), executed)
+    return executed
+
+
+def _run_all(
+    title: str,
+    notebooks: list[Path],
+    parameters: dict[str, Any],
+    figures: Path,
+    copies: Path,
+    inputs: list[Path],
+) -> list[Path]:
+    """Run the notebooks in order, one table of seconds; a newer input makes a copy out of date."""
     figures.mkdir(parents=True, exist_ok=True)
     copies.mkdir(parents=True, exist_ok=True)
-    parameters = {
-        "recipe": _relative(recipe_path, folder),
-        "output_dir": _relative(figures, folder),
-        "device": device,
-    }
-
-    table = Table("notebook", title=f"{recipe.name}: {_shown(recipe_path)}")
+    parameters = parameters | {"output_dir": _relative(figures, notebooks[0].parent)}
+    table = Table("notebook", title=title)
     table.add_column("seconds", justify="right")
     executed = []
-    newest_input = recipe_path.stat().st_mtime
-    for notebook in tqdm(notebooks, desc="notebooks", unit="notebook"):
+    newest_input = max(path.stat().st_mtime for path in inputs)
+    for notebook in tqdm(notebooks, desc=title, unit="notebook"):
         copy = copies / notebook.name
         newest_input = max(newest_input, notebook.stat().st_mtime)
         if _finished(copy, newest_input, parameters):
@@ -88,6 +120,13 @@ def run(
     console.print(f"figures and tables:  {_shown(figures)}")
     console.print(f"executed notebooks:  {_shown(copies)}")
     return executed
+
+
+def _compares(notebook: Path) -> bool:
+    """Does its cell of parameters name several `recipes`?"""
+    cells = nbformat.read(notebook, as_version=4).cells
+    tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    return any(re.search(r"^recipes\s*=", source, re.MULTILINE) for source in tagged)
 
 
 def _execute(notebook: Path, copy: Path, parameters: dict[str, Any]) -> None:

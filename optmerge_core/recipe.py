@@ -46,9 +46,13 @@ class Expert(_Strict):
 
 
 class Evaluation(_Strict):
-    """What the notebooks evaluate: data folder, further models (label -> location), sizes."""
+    """What the notebooks evaluate: data, further models (label -> location), sizes.
+
+    contrast: another recipe, of stronger experts for the same tasks, to compare with.
+    """
 
     data: str | None = None
+    contrast: str | None = None
     references: dict[str, str] = {}
     validation_samples: Annotated[int, Field(gt=0)] = 300
     test_samples: Annotated[int, Field(gt=0)] = 1500
@@ -64,6 +68,7 @@ class Recipe(_Strict):
     dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = None
     name: str = ""
     family: Literal[*FAMILIES] | None = None
+    fine_tuning: Literal["full", "lora"] = "full"  # which of the paper's items its figures match
     scaling_coefficients: Annotated[list[float], Field(min_length=1)] = [0.1, 0.3, 0.5, 0.7, 1, 1.5]
     seed: int = 0
     trim: Literal["tensor", "model"] = "tensor"
@@ -191,6 +196,7 @@ def load_recipe(path: str | Path) -> Recipe:
         for label, location in evaluation.references.items()
     }
     data = evaluation.data and locate("evaluation.data", evaluation.data)
+    contrast = evaluation.contrast and locate("evaluation.contrast", evaluation.contrast)
     models = [
         expert.model_copy(update={"model": locate(f"models.{number}.model", expert.model)})
         for number, expert in enumerate(recipe.models)
@@ -199,7 +205,9 @@ def load_recipe(path: str | Path) -> Recipe:
         update={
             "base_model": locate("base_model", recipe.base_model),
             "models": models,
-            "evaluation": evaluation.model_copy(update={"references": references, "data": data}),
+            "evaluation": evaluation.model_copy(
+                update={"references": references, "data": data, "contrast": contrast}
+            ),
         }
     )
 

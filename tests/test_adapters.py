@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from optmerge_core import METHODS, merge, merge_adapters, open_checkpoint
+from optmerge_core.__main__ import main
 from optmerge_core.adapters import Adapter, Factors, open_expert, parameter_of
 from optmerge_core.checkpoints import CheckpointError
 from optmerge_core.merge import merge_tensors
@@ -101,6 +102,8 @@ def test_merge_takes_adapters(family, tmp_path):
         ("wudi", {"optimizer": "sgd", "learning_rate": 1e-2}),
         ("optmerge", {"preset": "lora", "learning_rate": 1e-2}),
         ("optmerge", {"preset": "lora", "learning_rate": 0.2, "learning_rate_unit": "rms"}),
+        ("wudi", {"optimizer": "sgd", "learning_rate_unit": "rms"}),
+        ("optmerge", {"preset": "lora", "learning_rate_unit": "rms"}),
         ("optmerge", {"preset": "lora", "rank_ratio": 0.05, "learning_rate": 1e-2}),
         ("optmerge", {"preset": "modality"}),
         ("optmerge", {"optimizer": "sgd", "preset": "full", "learning_rate": 1e-2}),
@@ -119,6 +122,15 @@ def test_merged_adapter_equals_the_dense_merge(family, tmp_path, method, options
     for name in names:
         error = (merged.task_vector(name) - 0.7 * dense[name]).norm() / dense[name].norm()
         assert error < 1e-5, (name, error)
+
+
+def test_inspect_takes_adapters(family, tmp_path, capsys):
+    base, experts = family
+    models = [{"model": str(folder), "name": name} for name, folder in experts.items()]
+    recipe = tmp_path / "lora.yaml"
+    recipe.write_text(json.dumps({"base_model": str(base), "models": models}))
+    assert main(["inspect", str(recipe)]) == 0
+    assert "14 parameters merge" in capsys.readouterr().out
 
 
 def test_merged_adapter_loads_with_peft(family, tmp_path):

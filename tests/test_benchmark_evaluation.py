@@ -143,6 +143,12 @@ def test_search_grows_the_grid_until_no_choice_is_at_its_edge():
     assert all(len(rows) == len(grid) for _, rows in table.groupby("method"))
 
 
+def test_the_search_ends_where_merging_only_harms():
+    table = search_scaling(lambda m, c: -c, ["harmful"], [0.1, 1.0], extensions=3)
+    assert sorted(table["scaling_coefficient"]) == [0.0125, 0.025, 0.05, 0.1, 1.0]
+    assert best_scaling(table) == {"harmful": 0.0125}
+
+
 def test_of_equal_accuracies_the_smaller_coefficient_is_chosen():
     table = pd.DataFrame(
         {"method": "a", "scaling_coefficient": [1.5, 0.5, 1.0], "accuracy": [7.0, 7.0, 6.0]}

@@ -5,7 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from optmerge_core.benchmark import diagrams, scenes
+from optmerge_core.benchmark import combined, diagrams, scenes
+from optmerge_core.benchmark.combined import COMBINED
 from optmerge_core.benchmark.evaluation import load_split
 from optmerge_core.benchmark.tasks import SPLITS, TASKS, image_hash, make_dataset, sample
 
@@ -23,7 +24,7 @@ def test_a_sample_is_decided_by_its_arguments(task, level):
     assert not np.array_equal(first.image, other.image)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [*TASKS, *COMBINED])
 def test_pixels_decide_the_split(task):
     for split, buckets in SPLITS.items():
         for index in range(10):
@@ -36,6 +37,17 @@ def test_shipped_questions_are_what_the_package_draws():
         drawn = sample(item["task"], "validation", row % 3)
         assert (item["question"], item["answer"]) == (drawn.question, drawn.answer)
         assert np.array_equal(np.array(item["image"]), drawn.image)
+
+
+def test_shipped_combined_questions_are_what_the_package_draws():
+    data = load_split(QUESTIONS, "test", tasks=COMBINED)
+    assert len(data) == 500 * len(COMBINED)
+    for row in range(0, len(data), 250):
+        item = data[row]
+        drawn = sample(item["task"], "test", row % 500)
+        assert (item["question"], item["answer"]) == (drawn.question, drawn.answer)
+        assert np.array_equal(np.array(item["image"]), drawn.image)
+        assert int(item["hash"], 16) % 10 in SPLITS["test"]
 
 
 def test_no_shipped_test_image_can_be_trained_on():
@@ -151,6 +163,34 @@ def test_geometry_answers_follow_from_the_caption():
             assert answer == str(expected), (read, full)
             checked.add((form, len(sides), kind))
     assert len(checked) == 6
+
+
+def coloured(pixels):
+    return pixels.max(axis=2) - pixels.min(axis=2) > 60
+
+
+def test_combined_answers_are_true(monkeypatch):
+    written = []
+    monkeypatch.setattr(combined, "label", lambda *call: written.append(call[2:]))
+    for pixels, question, answer in turns(combined.labelled_bars, "full", "letter", 40):
+        tall = coloured(pixels).reshape(56, 4, 14).any(axis=2).sum(axis=0)
+        column = tall.argmax() if "highest" in question else tall.argmin()
+        assert {c: text for (c, _), text in written[-4:]}[column] == answer
+    for pixels, _, answer in turns(combined.labelled_shapes, "full", "box", 40):
+        left, top, right, bottom = (4 * int(v) for v in re.findall(r"\d+", answer))
+        inside = pixels[top : bottom + 1, left : right + 1]
+        assert coloured(inside).mean() > 0.3 and (inside.max(axis=2) < 80).sum() > 5
+    for pixels, _, answer in turns(combined.side_color, "full", "color", 40):
+        assert drawn_in(pixels, answer).any()
+
+
+def test_the_colour_asked_for_is_that_of_the_outermost_shape():
+    box = {"left": (0, 20, 9, 29), "middle": (20, 1, 29, 10), "low": (25, 40, 34, 49)}
+    names = {"leftmost": "left", "rightmost": "low", "highest": "middle", "lowest": "low"}
+    colors = dict(zip(box, ("red", "green", "blue"), strict=True))
+    objects = [scenes.Shape(colors[n], "square", b) for n, b in box.items()]
+    for side, expected in names.items():
+        assert scenes.outermost(objects, side).color == colors[expected]
 
 
 @pytest.mark.parametrize("task", TASKS)

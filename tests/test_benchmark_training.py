@@ -6,7 +6,15 @@ import torch
 
 from optmerge_core import open_checkpoint
 from optmerge_core.adapters import open_expert
-from optmerge_core.benchmark.training import Samples, build, fine_tune, plan, save, train_base
+from optmerge_core.benchmark.training import (
+    Samples,
+    build,
+    fine_tune,
+    plan,
+    save,
+    train,
+    train_base,
+)
 from optmerge_core.parameters import mergeable
 
 BASE = "data/benchmark/internvl/base"
@@ -20,7 +28,7 @@ def trained(tmp_path_factory):
             BASE, ["OCR"], steps=25, learning_rate=2e-3, seed=4, batch=32, workers=0
         )
         folder = tmp_path_factory.mktemp("trained") / str(run)
-        save(model, processor, folder, {"steps": 25})
+        save(model, processor, folder)
         folders.append(folder)
         losses.append(curve)
     return folders, losses
@@ -78,17 +86,53 @@ def test_build_keeps_what_is_there(tmp_path):
 def test_lora_fine_tuning_gives_an_adapter_of_the_base(tmp_path):
     settings = {"steps": 4, "learning_rate": 1e-2, "seed": 4, "batch": 8, "workers": 0, "rank": 2}
     for run in ("first", "again"):
-        model, processor, _ = fine_tune(BASE, ["OCR"], **settings)
-        save(model, processor, tmp_path / run, settings)
-    files = [tmp_path / run / "adapter_model.safetensors" for run in ("first", "again")]
+        middle = {2: tmp_path / run}
+        model, processor, _ = fine_tune(BASE, ["OCR"], **settings, snapshots=middle)
+        save(model, processor, tmp_path / "lora" / run, tmp_path / "base")
+    folders = [tmp_path / "lora" / run for run in ("first", "again")]
+    files = [folder / "adapter_model.safetensors" for folder in folders]
     assert files[0].read_bytes() == files[1].read_bytes()
-    written = (tmp_path / "first" / "adapter_config.json").read_text()
+    on_the_way = [tmp_path / run / files[0].name for run in ("first", "again")]
+    assert on_the_way[0].read_bytes() == on_the_way[1].read_bytes() != files[0].read_bytes()
+    written = (folders[0] / "adapter_config.json").read_text()
     assert '"base_model_name_or_path": "../../base"' in written and str(tmp_path) not in written
     base = open_checkpoint(BASE)
-    adapter = open_expert(tmp_path / "first", base)
+    adapter = open_expert(folders[0], base)
     assert set(adapter.modules) == set(mergeable(base.shapes(), "internvl"))
     name = next(iter(adapter.modules))
     assert torch.linalg.matrix_rank(adapter.task_vector(name)) == 2
+
+
+def test_without_decay_the_learning_rate_stays():
+    """One weight, gradient 1 throughout: Adam moves it by the learning rate at every step."""
+
+    class Slope(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def set_attn_implementation(self, _):
+            pass
+
+        def forward(self):
+            return type("Output", (), {"loss": self.weight.sum()})
+
+    ends = {}
+    for decay in (True, False):
+        model = Slope()
+        settings = {"learning_rate": 1e-2, "steps": 40, "warmup": 0.0, "decay": decay}
+        train(model, [{}] * 40, parameters={"weight"}, **settings)
+        ends[decay] = model.weight.item()
+    assert ends[False] == pytest.approx(-0.4, rel=1e-4)
+    assert ends[True] == pytest.approx(-0.2, rel=0.06)  # half of it, under a cosine
+
+
+def test_snapshots_and_other_recipes_have_a_seed_and_a_folder_of_their_own():
+    jobs = plan("qwen2_vl")
+    assert len({str(job["seed"]) for job in jobs.values()}) == len(jobs)
+    folders = [f for job in jobs.values() for f in job.get("snapshots", {}).values()]
+    assert len({*jobs, *folders}) == len(jobs) + len(folders)
+    assert set(plan("qwen2_vl", 11)) == set(jobs)
 
 
 def test_a_base_can_start_from_another_family_s_language_model():

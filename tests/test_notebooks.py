@@ -14,6 +14,7 @@ EXPECTED = {
     "02_noise_analysis",
     "03_merging",
     "05_evaluation",
+    "06_when_merging_works",
 }
 MAX_CELL_LINES = 25
 
@@ -78,8 +79,15 @@ def test_one_cell_of_parameters_with_the_contract(path):
         for target in node.targets
     }
     defaults = {name: ast.literal_eval(value) for name, value in names.items()}
-    assert defaults["recipe"] == "../data/recipes/internvl.yaml"
-    assert defaults["output_dir"] == "../figures/internvl"
+    if "recipes" in defaults:  # it compares
+        assert defaults["recipes"] == [
+            f"../data/recipes/{n}.yaml" for n in ("internvl", "qwen2_vl")
+        ]
+        assert defaults["figure_dirs"] == ["../figures/internvl", "../figures/qwen2_vl"]
+        assert defaults["output_dir"] == "../figures/comparison"
+    else:
+        assert defaults["recipe"] == "../data/recipes/internvl.yaml"
+        assert defaults["output_dir"] == "../figures/internvl"
     assert defaults["device"] == "auto"
 
 

@@ -111,6 +111,42 @@ def test_default_folders(study, instant, monkeypatch):
     assert (study / "figures" / "study").is_dir()
 
 
+def test_several_recipes_then_the_comparison(study, instant, monkeypatch):
+    (study / "other.yaml").write_text("base_model: base\nmodels: [{model: chart}]\n")
+    given = 'recipes = []\nfigure_dirs = []\noutput_dir = ""\ndevice = ""'
+    cell = nbformat.v4.new_code_cell(given, metadata={"tags": ["parameters"]}, id="0")
+    path = study / "notebooks" / "02_both.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
+    executed = run(["study.yaml", "other.yaml"], "out", "cpu", "notebooks")
+    assert instant == ["00", "01", "00", "01", "02"]
+    assert executed[3] == study / "out" / "other" / "notebooks" / "01_second.ipynb"
+    copy = study / "out" / "comparison" / "notebooks" / path.name
+    assert executed[4] == copy
+    assert nbformat.read(copy, as_version=4).metadata["papermill"]["parameters"] == {
+        "recipes": ["../study.yaml", "../other.yaml"],
+        "figure_dirs": ["../out/study/figures", "../out/other/figures"],
+        "output_dir": "../out/comparison/figures",
+        "device": "cpu",
+    }
+    instant.clear()
+    (study / "out" / "other" / "notebooks" / "01_second.ipynb").unlink()
+    run(["study.yaml", "other.yaml"], "out", "cpu", "notebooks")
+    assert instant == ["01", "02"]
+    instant.clear()
+    monkeypatch.setattr(pipeline, "CHECKOUT", study)
+    assert main(["run", "study.yaml", "other.yaml"]) == 0
+    assert (study / "figures" / "comparison").is_dir() and instant[-1] == "02"
+    instant.clear()
+    assert main(["run", "study.yaml", "--output", "alone"]) == 0
+    assert instant == ["00", "01"]  # one recipe: nothing to compare
+
+
+def test_two_recipes_of_one_name(study, instant):
+    with pytest.raises(ValueError, match="the name 'study' is study.yaml's too"):
+        run(["study.yaml", "study.yaml"], "out", "cpu", "notebooks")
+    assert instant == []
+
+
 def test_failure_names_notebook_and_cell_and_leaves_no_finished_copy(study, monkeypatch, capsys):
     bad = write_notebook(
         study / "notebooks", "01_second", "# why\nnumber = 0\n", "1 / number", "print('after')"

@@ -90,7 +90,7 @@ def test_options_for_studies_that_run_all_methods(write):
     [
         ({"slices": []}, "slices: unknown key; valid are merge_method, base_model, models"),
         ({"models": [{"model": "base", "path": "x"}]}, "models.0.path: unknown key; valid are"),
-        ({"evaluation": {"tests": 1}}, "evaluation.tests: unknown key; valid are data, references"),
+        ({"evaluation": {"tests": 1}}, "evaluation.tests: unknown key; valid are data, contrast"),
         ({"base_model": None}, "base_model: Field required"),
         ({"base_model": 3}, "base_model: .*string"),
         ({"base_model": "../folder"}, "base_model: '../folder' is neither"),

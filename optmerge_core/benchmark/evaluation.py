@@ -50,7 +50,7 @@ def box_iou(first, second):
 
 def is_correct(task, kind, prediction, answer):
     """The task's metric: IoU >= 0.5 (boxes), within 5 % (chart values), else exact match."""
-    if task == "Grounding":
+    if answer.startswith("<loc"):
         boxes = [[int(v) for v in re.findall(r"<loc(\d+)>", text)] for text in (prediction, answer)]
         return len(boxes[0]) == 4 and box_iou(*boxes) >= 0.5
     if task == "Chart" and kind in ("value", "percent"):
@@ -147,7 +147,7 @@ class Evaluator:
         return self.answer(weights)
 
 
-def accuracy(answers):
+def accuracy(answers, tasks=TASKS):
     """Accuracy per task and their average, in per cent: a Series indexed by task, then Avg."""
-    scores = 100 * answers.groupby("task")["correct"].mean().reindex(TASKS)
+    scores = 100 * answers.groupby("task")["correct"].mean().reindex(tasks)
     return pd.concat([scores, pd.Series({"Avg": scores.mean()})])

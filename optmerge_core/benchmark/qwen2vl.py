@@ -81,8 +81,6 @@ def build_processor():
 def build_model(tokenizer, seed=0, text_width=128, text_layers=4, vision_width=96, vision_layers=3):
     """A randomly initialised `Qwen2VLForConditionalGeneration`; the seed decides every weight."""
     torch.manual_seed(seed)
-    ids = dict(zip(("start", "image", "end", "video"), tokenizer.convert_tokens_to_ids(
-        [VISION_START, IMAGE, VISION_END, VIDEO]), strict=True))  # fmt: skip
     quarter = text_width // 4 // 2 // 4  # of a head's rotary frequencies
     config = Qwen2VLConfig(
         vision_config={
@@ -102,10 +100,10 @@ def build_model(tokenizer, seed=0, text_width=128, text_layers=4, vision_width=9
                 "mrope_section": [2 * quarter, quarter, quarter],
             }
         },
-        image_token_id=ids["image"],
-        video_token_id=ids["video"],
-        vision_start_token_id=ids["start"],
-        vision_end_token_id=ids["end"],
+        image_token_id=tokenizer.image_token_id,
+        video_token_id=tokenizer.video_token_id,
+        vision_start_token_id=tokenizer.vision_start_token_id,
+        vision_end_token_id=tokenizer.vision_end_token_id,
         tie_word_embeddings=True,
     )
     return Qwen2VLForConditionalGeneration(config)

@@ -212,6 +212,14 @@ def vqa(rng, level):
     return image, converse(rng, asked, weights)
 
 
+def outermost(objects, side):
+    """The shape farthest to a side; None if two are about as far."""
+    axis, sign = SIDES[side]
+    first, *others = sorted(objects, key=lambda o: -sign * o.center[axis])
+    clear = all(abs(first.center[axis] - o.center[axis]) >= 3 for o in others[:1])
+    return first if clear else None
+
+
 def grounding(rng, level):
     if level == "grid":
         return scene_grid(rng)
@@ -219,9 +227,8 @@ def grounding(rng, level):
         return describe(rng, "point to the shapes", lambda o: locations(o.center))
     image, objects = many_shapes(rng, level)
     asked = [(f"find the {o.name}", locations(o.box), "name") for o in objects]
-    for word, (axis, sign) in SIDES.items():
-        ranked = sorted(objects, key=lambda o, a=axis, s=sign: -s * o.center[a])
-        if len(ranked) == 1 or abs(ranked[0].center[axis] - ranked[1].center[axis]) >= 3:
-            asked.append((f"find the {word} shape", locations(ranked[0].box), "side"))
+    for side in SIDES:
+        if found := outermost(objects, side):
+            asked.append((f"find the {side} shape", locations(found.box), "side"))
     weights = {"name": 3} if level == "medium" else {"name": 3, "side": 2}
     return image, converse(rng, asked, weights)

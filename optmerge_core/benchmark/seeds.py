@@ -17,7 +17,7 @@ from optmerge_core.merge import merge_tensors
 from optmerge_core.parameters import mergeable
 
 from .evaluation import Evaluator, accuracy, load_split
-from .selection import best_scaling, search_scaling
+from .selection import ablation, best_scaling, search_scaling
 from .training import build
 
 SHIPPED, OTHERS = 1, (11, 21)
@@ -27,50 +27,60 @@ def expert_folders(study, folder, seed):
     """Name -> folder of the study's experts for a seed; trained into `folder` unless shipped."""
     if seed == SHIPPED:
         return study.experts
+    family = open_checkpoint(study.base_model).config()["model_type"]
     shutil.copytree(study.base_model, Path(folder, "base"), dirs_exist_ok=True)
     names = {name: "/".join(Path(location).parts[-2:]) for name, location in study.experts.items()}
     for name in names.values():
-        build(folder, only=name, seed=seed)
+        build(folder, family, only=name, seed=seed)
     return {name: str(Path(folder, path)) for name, path in names.items()}
 
 
-def evaluate(study, experts):
-    """Test accuracy of the experts and of every method, its scaling from validation data."""
-    base, size = open_checkpoint(study.base_model), study.evaluation
+def evaluators(study):
+    """For the recipe's validation and test questions."""
+    size = study.evaluation
+    counts = {"validation": size.validation_samples, "test": size.test_samples}
+    return (
+        Evaluator(study.base_model, load_split(size.data, split, count))
+        for split, count in counts.items()
+    )
+
+
+def evaluate(study, experts, validation, test):
+    """Test accuracy of the experts, every method and Table 4's steps, scaled by validation data.
+
+    The recipe's references (mixture training) and the base model do not depend on the seed, but
+    stand in every seed's rows.
+    """
+    base = open_checkpoint(study.base_model)
+    variants = {method: (method, study.options(method)) for method in METHODS}
+    variants |= {step: v for step, v in ablation(study).items() if step.startswith("+")}
     opened = {name: open_expert(folder, base) for name, folder in experts.items()}
     names = mergeable(base.shapes(), base.config()["model_type"])
     merged = {
-        method: merge_tensors(
-            base,
-            opened,
-            names,
-            method=method,
-            method_options=study.options(method),
-            seed=study.seed,
+        label: merge_tensors(
+            base, opened, names, method=method, method_options=options, seed=study.seed
         )
-        for method in METHODS
+        for label, (method, options) in variants.items()
     }
-    validation, test = (
-        Evaluator(study.base_model, load_split(size.data, split, count))
-        for split, count in (
-            ("validation", size.validation_samples),
-            ("test", size.test_samples),
-        )
-    )
 
     def score(method, scaling):
         return accuracy(validation.merged(base, merged[method], scaling))["Avg"]
 
-    scaling = best_scaling(search_scaling(score, METHODS, study.scaling_coefficients))
-    rows = {n: accuracy(test.answer({p: e[p] for p in names})) for n, e in opened.items()}
-    rows |= {m: accuracy(test.merged(base, merged[m], scaling[m])) for m in METHODS}
+    scaling = best_scaling(search_scaling(score, variants, study.scaling_coefficients))
+    others = {n: open_expert(folder, base) for n, folder in study.evaluation.references.items()}
+    rows = {"base_model": accuracy(test.answer())}
+    for name, model in (opened | others).items():
+        rows[name] = accuracy(test.answer({n: model[n] for n in names}))
+    rows |= {m: accuracy(test.merged(base, merged[m], scaling[m])) for m in variants}
     return pd.DataFrame(rows).T.rename_axis("model")
 
 
 def main(recipe, output, seeds):
     study, tables = load_recipe(recipe), {}
+    validation, test = evaluators(study)
     for seed in tqdm(seeds, desc="seeds"):
-        tables[seed] = evaluate(study, expert_folders(study, Path(output, f"seed{seed}"), seed))
+        experts = expert_folders(study, Path(output, f"seed{seed}"), seed)
+        tables[seed] = evaluate(study, experts, validation, test)
     table = pd.concat(tables, names=["seed"]).round(4)
     Path(output).mkdir(parents=True, exist_ok=True)
     table.to_csv(Path(output, "seeds.csv"))

@@ -4,6 +4,8 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from optmerge_core.optmerge import PRESETS
+
 from .tasks import TASKS
 
 
@@ -27,15 +29,16 @@ def interval(samples, level=0.95):
     return np.quantile(samples, [(1 - level) / 2, (1 + level) / 2], axis=0)
 
 
-def search_scaling(score, methods, grid):
+def search_scaling(score, methods, grid, extensions=6):
     """Validation accuracy of every method at every scaling coefficient, one tidy row each.
 
     score(method, scaling_coefficient) -> per cent. The grid grows for all methods alike, times 1.5
-    upwards and times 0.5 downwards, until no method is best at its edge.
+    upwards and times 0.5 downwards, until no method is best at its edge, or `extensions` times:
+    a merge that only does harm is best at 0, the base model.
     """
     rows, grid = [], sorted(grid)
     pending = grid
-    while pending:
+    for _ in range(extensions + 1):
         for method in tqdm(methods, desc=f"scaling by {pending}", leave=False):
             rows += [(method, value, score(method, value)) for value in pending]
         table = pd.DataFrame(rows, columns=["method", "scaling_coefficient", "accuracy"])
@@ -43,6 +46,8 @@ def search_scaling(score, methods, grid):
         pending = [round(1.5 * grid[-1], 4)] if grid[-1] in best else []
         pending += [round(0.5 * grid[0], 4)] if grid[0] in best else []
         grid = sorted(grid + pending)
+        if not pending:
+            break
     return table.sort_values(["method", "scaling_coefficient"], ignore_index=True)
 
 
@@ -50,3 +55,17 @@ def best_scaling(table):
     """Method -> scaling coefficient with the best validation accuracy (the smaller of equals)."""
     ordered = table.sort_values(["accuracy", "scaling_coefficient"], ascending=[False, True])
     return ordered.groupby("method")["scaling_coefficient"].first().to_dict()
+
+
+def ablation(study):
+    """Table 4, step by step from WUDI to OptMerge's LoRA preset: label -> (method, options).
+
+    Adam's learning rate is the study's for WUDI, SGD's the published one.
+    """
+    sgd = {"optimizer": "sgd", "learning_rate": PRESETS["lora"].learning_rate}
+    return {
+        "WUDI Merging": ("wudi", study.options("wudi")),
+        "+ SGD": ("wudi", sgd),
+        "+ Initialization": ("wudi", sgd | {"init": "mean"}),
+        "+ Low-rank": ("optmerge", {"preset": "lora"}),
+    }

@@ -2,7 +2,8 @@
 
 The counterparts of the paper's Table 1: VQA, Geometry, Chart, OCR, Grounding. A sample is an image
 that the package draws itself (`scenes.py`, `diagrams.py`), a question and a short answer; samples
-for training ask further questions about the same image, as a conversation.
+for training ask further questions about the same image, as a conversation. `combined.py` draws
+questions that no model is trained on.
 """
 
 import hashlib
@@ -13,11 +14,13 @@ import datasets
 import numpy as np
 from PIL import Image
 
+from .combined import COMBINED
 from .diagrams import chart, geometry, ocr
 from .scenes import grounding, vqa
 
 DRAW = {"VQA": vqa, "Geometry": geometry, "Chart": chart, "OCR": ocr, "Grounding": grounding}
 TASKS = tuple(DRAW)
+DRAW |= COMBINED
 SPLITS = {"train": range(2, 10), "validation": range(1, 2), "test": range(0, 1)}
 
 
@@ -53,7 +56,7 @@ def sample(task, split, index, level="full", seed=0):
     of the pixels modulo 10 says which split an image may belong to (test 0, validation 1).
     """
     stream = list(SPLITS).index(split)
-    rng = np.random.default_rng([seed, stream, TASKS.index(task), index])
+    rng = np.random.default_rng([seed, stream, list(DRAW).index(task), index])
     while True:
         image, turns = DRAW[task](rng, level)
         pixels = np.asarray(image)
@@ -79,9 +82,12 @@ def make_dataset(task, split, count, level="full", seed=0):
     return datasets.Dataset.from_dict(columns, features=features)
 
 
-def write_splits(folder, sizes=(("validation", 300), ("test", 1500))):
+def write_splits(
+    folder,
+    sizes=(("validation", TASKS, 300), ("test", TASKS, 1500), ("test", tuple(COMBINED), 500)),
+):
     """Write <folder>/<split>/<task>.parquet for every split and task: what the package ships."""
-    for split, count in sizes:
+    for split, tasks, count in sizes:
         Path(folder, split).mkdir(parents=True, exist_ok=True)
-        for task in TASKS:
+        for task in tasks:
             make_dataset(task, split, count).to_parquet(str(Path(folder, split, f"{task}.parquet")))

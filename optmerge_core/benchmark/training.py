@@ -5,8 +5,10 @@ model's linear layers only, so all that they learnt is in what merging merges.
 """
 
 import argparse
+import copy
 import json
 import math
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,13 @@ REGIMES = {  # gentle and strong fine-tuning: two points of Theorem 3.1's trade-
     },
     "qwen2_vl": {"lora": {"learning_rate": 1e-3, "steps": 200, "rank": 8}},
 }
+SNAPSHOTS = (10, 20, 40, 80, 160)  # steps after which the experts of App. B.1 are kept
+VARIOUS = {  # Table 6: experts by different makers; the last snapshot of Geometry is the fourth
+    "various/OCR": {"tasks": ["OCR"], "learning_rate": 3e-3, "steps": 100, "rank": 4},
+    "various/Chart": {"tasks": ["Chart"], "learning_rate": 5e-4, "steps": 100},
+    "various/Scenes": {"tasks": ["VQA", "Grounding"], "learning_rate": 1e-3, "steps": 150,
+                       "rank": 8},
+}  # fmt: skip
 
 
 class Samples(Dataset):
@@ -92,10 +101,14 @@ class Collate:
         return {"input_ids": input_ids, "labels": labels, **images}
 
 
-def train(model, batches, *, learning_rate, steps, parameters=None, warmup=0.05, label=""):
+def train(
+    model, batches, *, learning_rate, steps, parameters=None, warmup=0.05, decay=True, label="",
+    after_step=None,
+):  # fmt: skip
     """AdamW with linear warm-up and cosine decay over `batches`; returns the loss of every step.
 
-    parameters: names of the parameters to train (None: all). Products in bfloat16, weights in
+    parameters: names of the parameters to train (None: all); without `decay` the learning rate
+    stays; after_step: called with the number of steps done. Products in bfloat16, weights in
     float32; attention is written out because its fused bfloat16 backward is the slowest step on a
     CPU. No attention mask is needed: padding stands to the right of a causal model.
     """
@@ -109,7 +122,7 @@ def train(model, batches, *, learning_rate, steps, parameters=None, warmup=0.05,
 
     def schedule(step):
         rise = min(1.0, (step + 1) / max(1.0, warmup * steps))
-        return rise * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        return rise * (0.5 + 0.5 * math.cos(math.pi * step / steps)) if decay else rise
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     losses = []
@@ -125,6 +138,8 @@ def train(model, batches, *, learning_rate, steps, parameters=None, warmup=0.05,
         scheduler.step()
         losses.append(loss.item())
         bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}")
+        if after_step:
+            after_step(len(losses))
     return losses
 
 
@@ -160,15 +175,17 @@ def language_linears(model):
 
 
 def fine_tune(
-    base_folder, tasks, *, steps, learning_rate, seed, rank=None, batch=64, workers=1, label=""
-):
+    base_folder, tasks, *, steps, learning_rate, seed, rank=None, decay=True, snapshots=None,
+    batch=64, workers=1, label="",
+):  # fmt: skip
     """Fine-tune the language model's linear layers on full questions of `tasks`.
 
     rank: train a LoRA adapter of that rank (alpha = 2 rank, no dropout) instead of the layers.
+    snapshots: steps -> folder in which the model is saved on the way.
     """
     model = AutoModelForImageTextToText.from_pretrained(base_folder, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(base_folder)
-    weights = dict.fromkeys(tasks, 1.0)
+    weights, snapshots = dict.fromkeys(tasks, 1.0), snapshots or {}
     stream = batches(
         processor, steps, batch, tasks=weights, levels={"full": 1.0}, seed=seed, workers=workers
     )
@@ -179,9 +196,15 @@ def fine_tune(
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=modules)
         model = get_peft_model(model, config)
         trained = {name for name, _ in model.named_parameters() if ".lora_" in name}
+
+    def after_step(done):
+        if done in snapshots:
+            save(model, processor, snapshots[done], base_folder)
+
     losses = train(
-        model, stream, learning_rate=learning_rate, steps=steps, parameters=trained, label=label
-    )
+        model, stream, learning_rate=learning_rate, steps=steps, parameters=trained, decay=decay,
+        label=label, after_step=after_step,
+    )  # fmt: skip
     return model, processor, losses
 
 
@@ -197,23 +220,32 @@ def plan(family="internvl", seed=1):
         steps = settings["steps"] * len(TASKS)
         mixture = {"tasks": list(TASKS), "seed": seed + len(TASKS), "steps": steps}
         jobs[f"{regime}/mixture"] = settings | mixture
+    if family == "qwen2_vl":
+        for number, (name, job) in enumerate(VARIOUS.items()):
+            jobs[name] = job | {"seed": seed + 50 + number}
+        for number, task in enumerate(TASKS):
+            jobs[f"steps/{SNAPSHOTS[-1]:04d}/{task}"] = {
+                "tasks": [task], "seed": seed + 60 + number, "learning_rate": 3e-3, "rank": 8,
+                "steps": SNAPSHOTS[-1], "decay": False,
+                "snapshots": {n: f"steps/{n:04d}/{task}" for n in SNAPSHOTS[:-1]},
+            }  # fmt: skip
     return jobs
 
 
-def save(model, processor, folder, log):
-    """A Hugging Face folder in float16 (bfloat16 would round a small task vector away), its log.
+def save(model, processor, folder, base_folder=None):
+    """A Hugging Face folder in float16: bfloat16 would round a small task vector away.
 
-    Of a PEFT model only the adapter, which names its base model by a relative path.
+    Of a PEFT model only the adapter, which names `base_folder` by a relative path.
     """
-    model.to(torch.float16)
+    half = copy.deepcopy(model).to(torch.float16)
     if isinstance(model, PeftModel):
-        model.peft_config["default"].base_model_name_or_path = "../../base"
-        model.save_pretrained(folder, save_embedding_layers=False)
+        base = os.path.relpath(base_folder, folder)
+        half.peft_config["default"].base_model_name_or_path = Path(base).as_posix()
+        half.save_pretrained(folder, save_embedding_layers=False)
         Path(folder, "README.md").unlink()
     else:
-        model.save_pretrained(folder)
+        half.save_pretrained(folder)
         processor.save_pretrained(folder)
-    Path(f"{folder}.json").write_text(json.dumps(log, indent=1) + "\n")
 
 
 def build(output, family="internvl", only=None, seed=1):
@@ -223,18 +255,23 @@ def build(output, family="internvl", only=None, seed=1):
     three quarters of an hour for the base on two cores, a minute or two for an expert.
     """
     output = Path(output)
-    jobs = {"base": BASES[family]} | plan(family, seed)
+    base, jobs = output / "base", {"base": BASES[family]} | plan(family, seed)
     for name in [only] if only else jobs:
         folder, settings = output / name, jobs[name]
         if folder.exists():
             continue
         started = time.perf_counter()
         if name == "base":
-            start = {"start": output / settings["start"]} if "start" in settings else {}
-            model, processor, losses = train_base(family, **settings | start)
+            start = output / settings["start"] if "start" in settings else None
+            if start and not start.exists():
+                build(start.parent, start.parent.resolve().name, only="base")
+            model, processor, losses = train_base(family, **settings | {"start": start})
             settings = {"tasks": list(TASKS)} | settings
         else:
-            model, processor, losses = fine_tune(output / "base", label=name, **settings)
+            snapshots = {n: output / path for n, path in settings.get("snapshots", {}).items()}
+            model, processor, losses = fine_tune(
+                base, label=name, **settings | {"snapshots": snapshots}
+            )
         every = len(losses) // 100 or 1
         log = settings | {
             "samples": 64 * len(losses),
@@ -245,7 +282,8 @@ def build(output, family="internvl", only=None, seed=1):
                 for i in range(0, len(losses), every)
             ],
         }
-        save(model, processor, folder, log)
+        save(model, processor, folder, base)
+        Path(f"{folder}.json").write_text(json.dumps(log, indent=1) + "\n")
     return output
 
 
@@ -254,5 +292,6 @@ if __name__ == "__main__":
     parser.add_argument("output")
     parser.add_argument("--family", choices=list(REGIMES), default="internvl")
     parser.add_argument("--only", help="base, or the folder of one model, as gentle/VQA")
+    parser.add_argument("--seed", type=int, default=1, help="of the experts (default: as shipped)")
     arguments = parser.parse_args()
-    build(arguments.output, arguments.family, arguments.only)
+    build(arguments.output, arguments.family, arguments.only, arguments.seed)
