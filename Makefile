@@ -2,13 +2,13 @@
 # matplotlib would otherwise keep in the home folder. Needs Python 3.11 or newer and make.
 
 PYTHON ?= python3
-RECIPE ?= data/recipes/internvl.yaml
+RECIPE ?= data/recipes/internvl.yaml data/recipes/qwen2_vl.yaml
 DEVICE ?= auto
 
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
-NAME = $(basename $(notdir $(RECIPE)))
+NAMES = $(basename $(notdir $(RECIPE))) comparison
 
 # The kernel "python3" is the one ipykernel installs into .venv, whatever the user has elsewhere.
 export IPYTHONDIR := $(CURDIR)/$(VENV)/state/ipython
@@ -25,7 +25,7 @@ unexport MPLBACKEND
 
 help:
 	@echo "make setup      install everything into $(VENV) (again only when the pins change)"
-	@echo "make reproduce  run the notebooks on $(RECIPE); finished ones are skipped"
+	@echo "make reproduce  run the notebooks on both studies; finished ones are skipped"
 	@echo "make figures    the same from the beginning"
 	@echo "make test       every test, and every notebook against its saved outputs"
 	@echo "make lab        open the notebooks in JupyterLab"
@@ -51,7 +51,7 @@ reproduce: setup
 	$(PY) -m optmerge_core run $(RECIPE) --device $(DEVICE)
 
 figures: setup
-	rm -rf runs/$(NAME)/notebooks
+	rm -rf $(NAMES:%=runs/%/notebooks)
 	$(PY) -m optmerge_core run $(RECIPE) --device $(DEVICE)
 
 test: setup
