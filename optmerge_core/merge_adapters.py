@@ -43,8 +43,8 @@ def merge_adapters(
     """Merge PEFT LoRA adapters of one base model into one adapter that PEFT loads.
 
     experts: name -> adapter folder or hub id. Equal to `merge` of the same adapters up to rounding.
-    Methods: weight_average, task_arithmetic, tsv, iso_c, swudi, and with SGD wudi and optmerge (its
-    presets lora, the default here, and modality). The others raise `ValueError`, which says why.
+    Methods: weight_average, task_arithmetic, tsv, iso_c, swudi, and with SGD or ridge wudi and optmerge
+    (its presets lora, the default here, and modality). The others raise `ValueError`, which says why.
     Returns the folder: adapter_model.safetensors (float32) and adapter_config.json, scale 1.
     """
     options = dict(method_options or {})
@@ -85,7 +85,7 @@ def check_possible(method: str, options: Mapping[str, Any]) -> None:
             PRESETS[options.get("preset", "lora")].optimizer if method == "optmerge" else "adam"
         )
         if options.get("optimizer", preset) == "adam":
-            reason = f"with Adam {ENTRYWISE}; use optimizer='sgd'"
+            reason = f"with Adam {ENTRYWISE}; use optimizer='sgd' or 'ridge'"
     if reason:
         raise ValueError(
             f"{method} {reason}: its result is no adapter; use merge with a base model"
@@ -142,6 +142,9 @@ def merge_cores(
         ratio = options.get("rank_ratio", PRESETS[options["preset"]].rank_ratio)
         kept = max(whole // experts if ratio is None else int(ratio * whole), 1)
         options["rank_ratio"] = min(1.0, (kept + 0.5) / small)
+    if options.get("optimizer") == "ridge":  # the penalty is in eigenvalues, averaged over all n
+        shrink = options.get("shrink", PRESETS["lora"].shrink)
+        options["shrink"] = shrink * cores.shape[2] / shape[1]
     if options.get("learning_rate_unit") == "rms":
         entries = cores[0].numel() / math.prod(shape)
         published = PRESETS[options.get("preset", "full")].learning_rate  # wudi's is full's

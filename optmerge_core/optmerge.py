@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from optmerge_core.contract import check_choice, check_share, merge_method
-from optmerge_core.interference import OnStep, adam, interference, sgd
+from optmerge_core.interference import OnStep, adam, interference, ridge, sgd
 from optmerge_core.spectra import truncated_svd
 
 
@@ -34,11 +34,12 @@ class Settings:
     momentum: float = 0.9
     steps: int = 300
     rank_ratio: float | None = None
+    shrink: float = 0.1
 
     def __post_init__(self) -> None:
         check_choice("subspace", self.subspace, ("uncentered", "centered", "whole"))
         check_choice("init", self.init, ("sum", "mean", "zero"))
-        check_choice("optimizer", self.optimizer, ("adam", "sgd"))
+        check_choice("optimizer", self.optimizer, ("adam", "sgd", "ridge"))
         check_choice("learning_rate_unit", self.learning_rate_unit, ("absolute", "rms"))
         check_share("momentum", self.momentum, zero=True)
         if self.rank_ratio is not None:
@@ -47,6 +48,8 @@ class Settings:
             raise ValueError(
                 f"learning_rate {self.learning_rate} and steps {self.steps} must not be negative"
             )
+        if self.shrink <= 0:
+            raise ValueError(f"shrink is {self.shrink}; it must be positive")
 
 
 PRESETS = {
@@ -73,6 +76,7 @@ def wudi(
     learning_rate_unit: str = "absolute",
     momentum: float = 0.9,
     steps: int = 300,
+    shrink: float = 0.1,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """WUDI merging, Eq. 1: targets and subspaces are the task vectors, (experts, m, n) -> (m, n).
@@ -90,6 +94,7 @@ def wudi(
         learning_rate_unit=learning_rate_unit,
         momentum=momentum,
         steps=steps,
+        shrink=shrink,
     )
     return minimise_interference(task_vectors, settings, on_step)
 
@@ -108,6 +113,7 @@ def optmerge(
     momentum: float | None = None,
     steps: int | None = None,
     rank_ratio: float | None = None,
+    shrink: float | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """OptMerge, Eq. 2–3: (experts, m, n) -> (m, n). An option left at None is the preset's.
@@ -118,11 +124,12 @@ def optmerge(
     rank_ratio          rank kept, as a share of min(m, n); None in every preset but modality:
                         rank min(m, n) // experts
     init                where the descent starts: "sum" or "mean" of the τi, "zero"
-    optimizer           "adam", or "sgd" with `momentum`
+    optimizer           "adam", "sgd" with `momentum`, or, beyond the paper, "ridge" with `shrink`
     learning_rate       as published in "absolute" units; with the learning_rate_unit "rms" it is
                         multiplied by the root mean square of the task vectors' entries, which
                         makes Adam's steps, else in units of weights, follow the weights' size
-    steps               number of steps
+    steps               number of steps of "adam" or "sgd"
+    shrink              weight of ‖τ − start‖²F beside the loss, in mean eigenvalues of C
     on_step             called with (step, loss, ‖τ‖F) at the start, step 0, and after each step
     """
     check_choice("preset", preset, PRESETS)
@@ -136,6 +143,7 @@ def optmerge(
         "momentum": momentum,
         "steps": steps,
         "rank_ratio": rank_ratio,
+        "shrink": shrink,
     }
     given = {name: value for name, value in overrides.items() if value is not None}
     return minimise_interference(task_vectors, replace(PRESETS[preset], **given), on_step)
@@ -156,6 +164,8 @@ def minimise_interference(
     learning_rate = settings.learning_rate
     if settings.learning_rate_unit == "rms":
         learning_rate *= task_vectors.square().mean().sqrt().item()
+    if settings.optimizer == "ridge":
+        return start + ridge(form, start, settings.shrink, on_step)
     if settings.optimizer == "adam":
         return start + adam(form, start, learning_rate, settings.steps, on_step)
     return start + sgd(form, start, learning_rate, settings.momentum, settings.steps, on_step)

@@ -98,6 +98,19 @@ def _quadratic_form(task_vectors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     return D, eigenvalues.clamp(min=1e-8), V, task_vectors.sum(0)
 
 
+def ridge(task_vectors: Tensor, shrink=0.1, init="sum") -> Tensor:
+    """argmin of WUDI's loss + μ‖τ − start‖²F, solved row by row as one least-squares problem."""
+    columns = task_vectors.shape[2]
+    start = task_vectors.sum(0) if init == "sum" else task_vectors.mean(0)
+    weights = [t.norm() if t.norm() > 0 else torch.ones(()).to(t) for t in task_vectors]
+    root = (shrink * sum((t.norm() > 0).item() for t in task_vectors) / columns) ** 0.5
+    inputs = [t / w for t, w in zip(task_vectors, weights, strict=True)]
+    A = torch.cat([*inputs, root * torch.eye(columns).to(start)])
+    outputs = [x @ t.T for x, t in zip(inputs, task_vectors, strict=True)]
+    B = torch.cat([*outputs, root * start.T])
+    return torch.linalg.lstsq(A, B, driver="gelsd").solution.T
+
+
 def swudi(task_vectors: Tensor, exp_time=300.0, rank_ratio=0.65) -> Tensor:
     D, eigenvalues, V, S = _quadratic_form(task_vectors)
     columns = len(eigenvalues)

@@ -106,6 +106,8 @@ def test_merge_takes_adapters(family, tmp_path):
         ("optmerge", {"preset": "lora", "learning_rate_unit": "rms"}),
         ("optmerge", {"preset": "lora", "rank_ratio": 0.05, "learning_rate": 1e-2}),
         ("optmerge", {"preset": "modality"}),
+        ("wudi", {"optimizer": "ridge"}),
+        ("optmerge", {"preset": "lora", "optimizer": "ridge", "shrink": 0.3}),
         ("optmerge", {"optimizer": "sgd", "preset": "full", "learning_rate": 1e-2}),
     ],
 )

@@ -62,6 +62,16 @@ REFERENCES = {
 }
 
 
+def ridge(task_vectors):
+    return wudi(task_vectors, optimizer="ridge")
+
+
+def named(name):
+    if name == "ridge":
+        return ridge
+    return REFERENCES[name][0] if name in REFERENCES else METHODS[name]
+
+
 def distance(result, expected):
     assert result.dtype == expected.dtype and result.shape == expected.shape
     assert result.isfinite().all()
@@ -190,6 +200,45 @@ def test_spectral_variants_equal_their_formula(name, case, dtype):
     assert distance(result.double(), expected) < {torch.float32: 1e-4, torch.float64: 1e-7}[dtype]
 
 
+@pytest.mark.parametrize("init", ["sum", "mean"])
+@pytest.mark.parametrize("shrink", [1e-3, 0.1, 10.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_ridge_is_the_penalised_least_squares_solution(case, dtype, shrink, init):
+    task_vectors = CASES[case].to(dtype)
+    result = wudi(task_vectors, optimizer="ridge", shrink=shrink, init=init)
+    expected = reference.ridge(CASES[case], shrink, init)
+    assert distance(result, expected.to(dtype)) < TOLERANCE[dtype]
+
+
+def test_ridge_by_hand_and_at_its_ends():
+    """1 and 3 have C = 2, D = 4, sum 4: half of C's eigenvalue as μ gives (4 + 1·4) / (2 + 1)."""
+    task_vectors = torch.tensor([1.0, 3.0], dtype=torch.float64).view(2, 1, 1)
+    merged = wudi(task_vectors, optimizer="ridge", shrink=0.5)
+    assert merged.item() == pytest.approx(8 / 3)
+    task_vectors = CASES["tall"]
+    start = task_vectors.sum(0)
+    assert distance(wudi(task_vectors, optimizer="ridge", shrink=1e12), start) < 1e-9
+    minimum = wudi(task_vectors, optimizer="ridge", shrink=1e-12)
+    form = interference(task_vectors, task_vectors, task_vectors)
+    assert form.gradient(minimum).norm() < 1e-9 * form.gradient(start).norm()
+
+
+def test_ridge_shows_its_start_and_its_end():
+    trace, task_vectors = [], CASES["wide"]
+    options = {"preset": "lora", "optimizer": "ridge"}
+    result = optmerge(task_vectors, on_step=lambda *step: trace.append(step), **options)
+    targets, subspaces = targets_and_subspaces(task_vectors, PRESETS["lora"])
+    form = interference(task_vectors, targets, subspaces)
+    for number, tau in enumerate((task_vectors.mean(0), result)):
+        step, loss, norm = trace[number]
+        assert (step, norm) == (number, pytest.approx(tau.norm().item()))
+        assert loss == pytest.approx(form.loss(tau), rel=1e-6)
+    assert len(trace) == 2 and trace[1][1] < trace[0][1]
+    with pytest.raises(ValueError, match="shrink is 0; it must be positive"):
+        optmerge(task_vectors, optimizer="ridge", shrink=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", [*REFERENCES])
 def test_one_expert_is_left_alone(name, dtype):
@@ -198,6 +247,7 @@ def test_one_expert_is_left_alone(name, dtype):
     task_vectors = CASES["one expert"].to(dtype)
     options = {} if name == "wudi" else {"rank_ratio": 1.0}
     assert torch.equal(method(task_vectors, learning_rate=1e-3, **options), task_vectors[0])
+    assert torch.equal(method(task_vectors, optimizer="ridge", **options), task_vectors[0])
 
 
 def test_experts_in_other_rows_and_columns_do_not_interfere():
@@ -208,21 +258,22 @@ def test_experts_in_other_rows_and_columns_do_not_interfere():
     trace = []
     merged = wudi(task_vectors, on_step=lambda *step: trace.append(step))
     assert distance(merged, task_vectors.sum(0)) < 1e-6
+    assert distance(ridge(task_vectors), task_vectors.sum(0)) < 1e-6
     assert trace[-1][1] == pytest.approx(0, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", [*REFERENCES, "swudi", "aswudi"])
+@pytest.mark.parametrize("name", [*REFERENCES, "swudi", "aswudi", "ridge"])
 def test_the_order_of_experts_does_not_matter(name):
-    method = REFERENCES[name][0] if name in REFERENCES else METHODS[name]
+    method = named(name)
     task_vectors = CASES["square"]
     assert distance(method(task_vectors.flip(0)), method(task_vectors)) < 1e-9
 
 
-@pytest.mark.parametrize("name", ["lora", "modality", "swudi", "aswudi"])
+@pytest.mark.parametrize("name", ["lora", "modality", "swudi", "aswudi", "ridge"])
 @given(factor=st.floats(1e-3, 1e3))
 @settings(max_examples=10, deadline=None)
 def test_without_adam_scaled_experts_give_a_scaled_result(name, factor):
-    method = REFERENCES[name][0] if name in REFERENCES else METHODS[name]
+    method = named(name)
     task_vectors = CASES["tall"]
     assert distance(method(factor * task_vectors), factor * method(task_vectors)) < 1e-8
 

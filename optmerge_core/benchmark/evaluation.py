@@ -74,7 +74,7 @@ class Evaluator:
     Prompts of one length form a batch, so there is no padding and no mask to get wrong.
     """
 
-    def __init__(self, base_folder, data, batch_size=500):
+    def __init__(self, base_folder, data, batch_size=200):
         self.model = load_model(base_folder)
         self.tokenizer = (processor := load_processor(base_folder)).tokenizer
         self.base = {

@@ -17,7 +17,7 @@ from optmerge_core.merge import merge_tensors
 from optmerge_core.parameters import mergeable
 
 from .evaluation import Evaluator, accuracy, load_split
-from .selection import ablation, best_scaling, search_scaling
+from .selection import ablation, best_scaling, beyond, search_scaling
 from .training import build
 
 SHIPPED, OTHERS = 1, (11, 21)
@@ -46,14 +46,14 @@ def evaluators(study):
 
 
 def evaluate(study, experts, validation, test):
-    """Test accuracy of the experts, every method and Table 4's steps, scaled by validation data.
+    """Test accuracy of the experts, every method and variant, scaled by validation data.
 
-    The recipe's references (mixture training) and the base model do not depend on the seed, but
-    stand in every seed's rows.
+    The variants are Table 4's steps and those of `selection.beyond`. The recipe's references
+    (mixture training) and the base model do not depend on the seed, but stand in every seed's rows.
     """
     base = open_checkpoint(study.base_model)
     variants = {method: (method, study.options(method)) for method in METHODS}
-    variants |= {step: v for step, v in ablation(study).items() if step.startswith("+")}
+    variants |= {step: v for step, v in ablation(study).items() if step.startswith("+")} | beyond()
     opened = {name: open_expert(folder, base) for name, folder in experts.items()}
     names = mergeable(base.shapes(), base.config()["model_type"])
     merged = {

@@ -30,24 +30,25 @@ def interval(samples, level=0.95):
 
 
 def search_scaling(score, methods, grid, extensions=6):
-    """Validation accuracy of every method at every scaling coefficient, one tidy row each.
+    """Validation accuracy of every method over scaling coefficients, one tidy row each.
 
-    score(method, scaling_coefficient) -> per cent. The grid grows for all methods alike, times 1.5
-    upwards and times 0.5 downwards, until no method is best at its edge, or `extensions` times:
-    a merge that only does harm is best at 0, the base model.
+    score(method, scaling_coefficient) -> per cent. Where a method is best at the edge of the grid,
+    its own grid grows, times 1.5 upwards or times 0.5 downwards, until its best lies inside, or
+    `extensions` times: a merge that only does harm is best at 0, the base model.
     """
-    rows, grid = [], sorted(grid)
-    pending = grid
-    for _ in range(extensions + 1):
-        for method in tqdm(methods, desc=f"scaling by {pending}", leave=False):
+    tables = []
+    for method in tqdm(methods, desc="scaling coefficients", leave=False):
+        pending, rows = sorted(grid), []
+        for _ in range(extensions + 1):
             rows += [(method, value, score(method, value)) for value in pending]
-        table = pd.DataFrame(rows, columns=["method", "scaling_coefficient", "accuracy"])
-        best = set(best_scaling(table).values())
-        pending = [round(1.5 * grid[-1], 4)] if grid[-1] in best else []
-        pending += [round(0.5 * grid[0], 4)] if grid[0] in best else []
-        grid = sorted(grid + pending)
-        if not pending:
-            break
+            table = pd.DataFrame(rows, columns=["method", "scaling_coefficient", "accuracy"])
+            tried, best = table["scaling_coefficient"], best_scaling(table)[method]
+            pending = [round(1.5 * best, 4)] if best == tried.max() else []
+            pending += [round(0.5 * best, 4)] if best == tried.min() else []
+            if not pending:
+                break
+        tables.append(table)
+    table = pd.concat(tables)
     return table.sort_values(["method", "scaling_coefficient"], ignore_index=True)
 
 
@@ -68,4 +69,19 @@ def ablation(study):
         "+ SGD": ("wudi", sgd),
         "+ Initialization": ("wudi", sgd | {"init": "mean"}),
         "+ Low-rank": ("optmerge", {"preset": "lora"}),
+    }
+
+
+def beyond():
+    """What may do better than OptMerge without data: label -> (method, options).
+
+    WUDI's loss minimised in one step, shrunk towards the sum of the task vectors, and OptMerge's
+    LoRA preset at the learning rate published for merging modalities.
+    """
+    return {
+        "Ridge": ("wudi", {"optimizer": "ridge"}),
+        "OptMerge, SGD 5e-2": (
+            "optmerge",
+            {"preset": "lora", "learning_rate": PRESETS["modality"].learning_rate},
+        ),
     }
