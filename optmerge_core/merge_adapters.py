@@ -43,8 +43,9 @@ def merge_adapters(
     """Merge PEFT LoRA adapters of one base model into one adapter that PEFT loads.
 
     experts: name -> adapter folder or hub id. Equal to `merge` of the same adapters up to rounding.
-    Methods: weight_average, task_arithmetic, tsv, iso_c, swudi, and with SGD or ridge wudi and optmerge
-    (its presets lora, the default here, and modality). The others raise `ValueError`, which says why.
+    Methods: weight_average, task_arithmetic, tsv, iso_c, swudi, and with SGD or ridge wudi and
+    optmerge (its presets lora, the default here, and modality). The others raise `ValueError`,
+    which says why.
     Returns the folder: adapter_model.safetensors (float32) and adapter_config.json, scale 1.
     """
     options = dict(method_options or {})

@@ -1,12 +1,15 @@
 """The study of training seeds: the shipped experts are not trained again, each model has a row."""
 
+import json
+from pathlib import Path
+
 import pandas as pd
 import pytest
 
 from optmerge_core import METHODS, load_recipe
-from optmerge_core.benchmark import seeds
+from optmerge_core.benchmark import ranks, seeds
 from optmerge_core.benchmark.evaluation import Evaluator, load_split
-from optmerge_core.benchmark.selection import ablation
+from optmerge_core.benchmark.selection import ablation, beyond
 from optmerge_core.benchmark.tasks import TASKS
 
 
@@ -27,6 +30,27 @@ def test_evaluate_has_a_row_for_every_model(monkeypatch):
     experts = seeds.expert_folders(few, "not made", seeds.SHIPPED)
     assert experts == study.experts
     table = seeds.evaluate(few, experts, questions, questions)
-    steps = [step for step in ablation(study) if step.startswith("+")]
-    assert set(table.index) == {"base_model", *TASKS, "mixture", "weight_average", "tsv", *steps}
+    variants = [step for step in ablation(study) if step.startswith("+")] + list(beyond())
+    models = {"base_model", *TASKS, "mixture", "weight_average", "tsv", *variants}
+    assert set(table.index) == models
     assert table.loc["OCR", "OCR"] > table.loc["base_model", "OCR"]
+
+
+def test_experts_of_other_ranks_are_made_once(tmp_path):
+    study = load_recipe("data/recipes/qwen2_vl.yaml")
+    settings = {"steps": 1, "learning_rate": 1e-3, "batch": 4, "workers": 0}
+    for name, rank in {"low": 2, "full": None}.items():
+        folders = ranks.expert_folders(study, tmp_path / name, settings | {"rank": rank})
+        assert list(folders) == list(TASKS)
+        adapter = Path(folders["OCR"], "adapter_config.json")
+        assert adapter.exists() == (rank is not None)
+        assert rank is None or json.loads(adapter.read_text())["r"] == rank
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    ranks.expert_folders(study, tmp_path / "full", settings)
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+
+
+def test_the_shipped_table_of_ranks():
+    table = pd.read_csv("data/benchmark/qwen2_vl/ranks.csv", index_col=["rank", "model"])
+    for name in ranks.SETTINGS:
+        assert {"base_model", *TASKS, *METHODS} <= set(table.loc[name].index)

@@ -135,6 +135,16 @@ def test_snapshots_and_other_recipes_have_a_seed_and_a_folder_of_their_own():
     assert set(plan("qwen2_vl", 11)) == set(jobs)
 
 
+@pytest.mark.parametrize("family", ["internvl", "qwen2_vl"])
+def test_twice_the_width_has_about_four_times_the_parameters(family):
+    settings = {"steps": 1, "learning_rate": 0.0, "seed": 3, "batch": 4, "workers": 0}
+    sizes = []
+    for width in (1, 2):
+        model, _, _ = train_base(family, width=width, **settings)
+        sizes.append(sum(p.numel() for n, p in model.named_parameters() if "embed" not in n))
+    assert 3.5 < sizes[1] / sizes[0] < 4.2
+
+
 def test_a_base_can_start_from_another_family_s_language_model():
     model, _, losses = train_base(
         "qwen2_vl", steps=1, learning_rate=0.0, seed=3, start=BASE, batch=4, workers=0

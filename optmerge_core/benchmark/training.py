@@ -153,13 +153,15 @@ def batches(processor, count, batch, *, tasks, levels, seed, workers=1):
     )
 
 
-def train_base(family, *, steps, learning_rate, seed, start=None, batch=64, workers=1):
+def train_base(family, *, steps, learning_rate, seed, start=None, width=1, batch=64, workers=1):
     """The base model from random weights: grids, captions, easy and medium questions.
 
-    start: a base of another family, whose language model is taken over.
+    start: a base of another family, whose language model is taken over; width: times the shipped
+    family's, with the learning rate divided by it.
     """
     processor = build_processor(family)
-    model = build_model(processor, family, seed)
+    sizes = {"text_width": 128 * width, "vision_width": 96 * width}
+    model, learning_rate = build_model(processor, family, seed, **sizes), learning_rate / width
     if start is not None:
         other = AutoModelForImageTextToText.from_pretrained(start, dtype=torch.float32)
         model.model.language_model.load_state_dict(other.model.language_model.state_dict())
@@ -248,14 +250,15 @@ def save(model, processor, folder, base_folder=None):
         processor.save_pretrained(folder)
 
 
-def build(output, family="internvl", only=None, seed=1):
+def build(output, family="internvl", only=None, seed=1, width=1):
     """Train what is shipped of a family into `output`: the base, then `plan`'s models (or `only`).
 
     What is there is kept. Beside each folder lies a log of its settings, loss and seconds. About
-    three quarters of an hour for the base on two cores, a minute or two for an expert.
+    three quarters of an hour for the base on two cores, a minute or two for an expert; at twice
+    the width (four times the parameters) three times that.
     """
     output = Path(output)
-    base, jobs = output / "base", {"base": BASES[family]} | plan(family, seed)
+    base, jobs = output / "base", {"base": BASES[family] | {"width": width}} | plan(family, seed)
     for name in [only] if only else jobs:
         folder, settings = output / name, jobs[name]
         if folder.exists():
@@ -264,7 +267,7 @@ def build(output, family="internvl", only=None, seed=1):
         if name == "base":
             start = output / settings["start"] if "start" in settings else None
             if start and not start.exists():
-                build(start.parent, start.parent.resolve().name, only="base")
+                build(start.parent, start.parent.resolve().name, only="base", width=width)
             model, processor, losses = train_base(family, **settings | {"start": start})
             settings = {"tasks": list(TASKS)} | settings
         else:
@@ -293,5 +296,5 @@ if __name__ == "__main__":
     parser.add_argument("--family", choices=list(REGIMES), default="internvl")
     parser.add_argument("--only", help="base, or the folder of one model, as gentle/VQA")
     parser.add_argument("--seed", type=int, default=1, help="of the experts (default: as shipped)")
-    arguments = parser.parse_args()
-    build(arguments.output, arguments.family, arguments.only, arguments.seed)
+    parser.add_argument("--width", type=int, default=1, help="2: four times the parameters")
+    build(**vars(parser.parse_args()))
