@@ -94,7 +94,7 @@ def merge(
     check_finite(base, opened, names)
 
     task_vectors = TaskVectors(base, opened, names, device)
-    merge_parameter = _parameter_merger(task_vectors, method, options, seed, trim)
+    merge_parameter = parameter_merger(task_vectors, method, options, seed, trim)
     merging, records = frozenset(names), []
     with writer:
         for name in tqdm(base, desc=f"merging ({method})", unit="parameter"):
@@ -153,12 +153,12 @@ def merge_tensors(
     options = dict(method_options or {})
     check_request(experts, method, options, 1.0, trim)
     task_vectors = TaskVectors(base, experts, names, parse_device(device))
-    merge_parameter = _parameter_merger(task_vectors, method, options, seed, trim)
+    merge_parameter = parameter_merger(task_vectors, method, options, seed, trim)
     progress = tqdm(task_vectors, desc=f"merging ({method})", unit="parameter", leave=False)
     return {name: merge_parameter(name)[1].cpu() for name in progress}
 
 
-def _parameter_merger(
+def parameter_merger(
     task_vectors: TaskVectors, method: str, options: dict[str, Any], seed: int, trim: str
 ) -> Callable[[str], tuple[Tensor, Tensor]]:
     """The loop body: name -> (stack (experts, *shape), merged task vector (*shape))."""

@@ -1,0 +1,340 @@
+"""Composition of stock specialists: LLaVA, Qwen2-Audio and Video-LLaVA on one tiny Llama."""
+
+import re
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    Qwen2AudioConfig,
+    Qwen2AudioForConditionalGeneration,
+    VideoLlavaConfig,
+    VideoLlavaForConditionalGeneration,
+)
+
+from optmerge_core.merge import merge_tensors
+from optmerge_core.omni import OmniForConditionalGeneration, compose, language_name
+from optmerge_core.parameters import mergeable
+
+WORDS, AUDIO_TOKENS = 40, 10
+TEXT = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": WORDS + 2,
+    "pad_token_id": 0,
+}
+VISION = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+AUDIO = {
+    "model_type": "qwen2_audio_encoder",
+    "d_model": 16,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "num_mel_bins": 8,
+    "max_source_positions": 2 * AUDIO_TOKENS,
+}
+SPECIALISTS = {
+    "vision": (
+        LlavaForConditionalGeneration,
+        LlavaConfig(vision_config=VISION, text_config=TEXT, image_token_id=WORDS),
+        ["<image>"],
+    ),
+    "audio": (
+        Qwen2AudioForConditionalGeneration,
+        Qwen2AudioConfig(audio_config=AUDIO, text_config=TEXT, audio_token_id=WORDS),
+        ["<|AUDIO|>"],
+    ),
+    "video": (
+        VideoLlavaForConditionalGeneration,
+        VideoLlavaConfig(
+            vision_config=VISION, text_config=TEXT, image_token_id=WORDS, video_token_id=WORDS + 1
+        ),
+        ["<image>", "<video>"],
+    ),
+}
+
+
+def save_tokenizer(folder, added=(), first="w0"):
+    words = ["<pad>", "<s>", "</s>", first, *(f"w{i}" for i in range(1, WORDS - 3))]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>")
+    fast.add_special_tokens({"additional_special_tokens": list(added)})
+    fast.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    """`.base`, `.folders` and `.models` (modality -> specialist), `.inputs` for each modality."""
+    root = tmp_path_factory.mktemp("omni")
+    torch.manual_seed(0)
+    settings = {k: v for k, v in TEXT.items() if k != "model_type"} | {"vocab_size": WORDS}
+    base = LlamaForCausalLM(LlamaConfig(**settings, tie_word_embeddings=False))
+    base.save_pretrained(root / "base")
+    save_tokenizer(root / "base")
+    loaded, folders = {}, {}
+    for modality, (model_class, config, added) in SPECIALISTS.items():
+        model = model_class(config).eval()
+        own = model.model.language_model.state_dict()
+        for name, start in base.model.state_dict().items():
+            noise = 0.02 * torch.randn_like(start) if ".layers" in f".{name}" else 0.0
+            own[name][: len(start)] = start + noise
+        model.lm_head.weight.data[:WORDS] = base.lm_head.weight.data
+        folders[modality] = root / modality
+        model.save_pretrained(folders[modality])
+        save_tokenizer(folders[modality], added)
+        loaded[modality] = model
+    inputs = {
+        "vision": {"pixel_values": torch.randn(1, 3, 28, 28)},
+        "audio": {
+            "input_features": torch.randn(1, 8, 4 * AUDIO_TOKENS),
+            "feature_attention_mask": torch.ones(1, 4 * AUDIO_TOKENS, dtype=torch.long),
+        },
+        "video": {"pixel_values_videos": torch.randn(1, 2, 3, 28, 28)},
+    }
+    return SimpleNamespace(base=root / "base", folders=folders, models=loaded, inputs=inputs)
+
+
+def prompt(*modalities, ids=(WORDS, WORDS + 1, WORDS + 2)):
+    """Token numbers of a prompt with one block of placeholders for each modality."""
+    image, audio, video = ids
+    blocks = {"vision": [image] * 4, "audio": [audio] * AUDIO_TOKENS, "video": [video] * 10}
+    tokens = [1, 5]
+    for modality in modalities:
+        tokens += blocks[modality] + [7]
+    return torch.tensor([[*tokens, 9]])
+
+
+@pytest.fixture(scope="module")
+def omni(family, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("composed") / "omni"
+    assert compose(family.base, family.folders, folder) == folder
+    return folder
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("modality", SPECIALISTS)
+@pytest.mark.parametrize("loaded", [False, True], ids=["folder", "loaded"])
+def test_one_specialist_is_itself(family, tmp_path, modality, loaded):
+    source = family.models[modality] if loaded else family.folders[modality]
+    compose(family.base, {modality: source}, tmp_path / "one", method="task_arithmetic")
+    model = OmniForConditionalGeneration.from_pretrained(tmp_path / "one").eval()
+    own = SPECIALISTS[modality][1]
+    video = WORDS + 1
+    ids = prompt(modality, ids=(WORDS, WORDS, video))
+    inputs = family.inputs[modality]
+    expected = family.models[modality](input_ids=ids, **inputs).logits
+    logits = model(input_ids=ids, modality_inputs={modality: inputs}).logits
+    size = min(logits.shape[-1], expected.shape[-1])
+    torch.testing.assert_close(logits[..., :size], expected[..., :size], atol=1e-5, rtol=0)
+    assert size >= WORDS + (not loaded) and own.text_config.num_hidden_layers == 2
+    answers = [
+        candidate.generate(input_ids=ids, max_new_tokens=4, do_sample=False, **given)
+        for candidate, given in (
+            (family.models[modality], inputs),
+            (model, {"modality_inputs": {modality: inputs}}),
+        )
+    ]
+    assert torch.equal(*answers)
+
+
+def test_towers_are_copied_byte_for_byte(family, omni):
+    composed = load_file(omni / "model.safetensors")
+    for modality, model in family.models.items():
+        towers = {
+            n: t for n, t in model.model.state_dict().items() if not n.startswith("language_model.")
+        }
+        assert len(towers) > 5
+        for name, tensor in towers.items():
+            assert torch.equal(composed.pop(f"specialists.{modality}.{name}"), tensor)
+    assert all(name.startswith(("language_model.", "lm_head.")) for name in composed)
+
+
+@torch.no_grad()
+def test_text_alone_is_the_merged_language_model(family, omni):
+    """Merged by the core from the specialists' language models, embeddings and norms averaged."""
+    merged = LlamaForCausalLM.from_pretrained(family.base)
+    state = {n: t.clone() for n, t in merged.state_dict().items()}
+    names = mergeable({n: tuple(t.shape) for n, t in state.items()}, "llama")
+    experts = {}
+    for modality, model in family.models.items():
+        experts[modality] = {language_name(n): t for n, t in model.state_dict().items()}
+    found = merge_tensors(
+        state, experts, names, method="optmerge", method_options={"preset": "modality"}
+    )
+    for name, tensor in state.items():
+        rows = torch.stack([expert[name][: len(tensor)] for expert in experts.values()])
+        merged.state_dict()[name].copy_(tensor + found[name] if name in found else rows.mean(0))
+    model = OmniForConditionalGeneration.from_pretrained(omni).eval()
+    ids = torch.tensor([[1, 5, 8, 30, 12]])
+    logits = model(input_ids=ids).logits[..., :WORDS]
+    torch.testing.assert_close(logits, merged(input_ids=ids).logits, atol=1e-5, rtol=0)
+    labels = ids.clone()
+    expected = merged(input_ids=ids, labels=labels).loss
+    assert model.lm_head.weight.shape[0] == WORDS + 3
+    assert model(input_ids=ids, labels=labels).loss > 0.9 * expected
+
+
+@torch.no_grad()
+def test_all_modalities_are_seen_at_once(family, omni):
+    model = AutoModelForCausalLM.from_pretrained(omni).eval()
+    tokenizer = AutoTokenizer.from_pretrained(omni)
+    numbers = tokenizer.convert_tokens_to_ids(["<image>", "<|AUDIO|>", "<video>"])
+    assert numbers == [WORDS, WORDS + 1, WORDS + 2]
+    ids = prompt(*SPECIALISTS)
+    logits = model(input_ids=ids, modality_inputs=family.inputs).logits[0, -1]
+    for modality, inputs in family.inputs.items():
+        first = next(iter(inputs))
+        changed = family.inputs | {modality: inputs | {first: 2 * inputs[first]}}
+        assert not torch.allclose(
+            model(input_ids=ids, modality_inputs=changed).logits[0, -1], logits
+        )
+    settings = {"max_new_tokens": 5, "do_sample": False, "suppress_tokens": numbers}
+    told = model.generate(input_ids=ids, modality_inputs=family.inputs, **settings)
+    slow = ids
+    for _ in range(5):
+        logits = model(input_ids=slow, modality_inputs=family.inputs).logits[:, -1, :WORDS]
+        slow = torch.cat([slow, logits.argmax(-1)[:, None]], 1)
+    assert torch.equal(told, slow)
+
+
+def test_saving_again_changes_nothing(omni, tmp_path):
+    model = OmniForConditionalGeneration.from_pretrained(omni)
+    model.save_pretrained(tmp_path)
+    before, after = (load_file(folder / "model.safetensors") for folder in (omni, tmp_path))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def on_the_hub(name):
+    """A parameter's name in llava-hf/llava-1.5-7b-hf and LanguageBind/Video-LLaVA-7B-hf."""
+    name = name.removeprefix("model.")
+    name = re.sub(r"^(\w+_tower)\.(?!vision_model)", r"\1.vision_model.", name)
+    name = re.sub(r"^language_model\.(?!model|lm_head)", "language_model.model.", name)
+    return f"language_model.{name}" if name == "lm_head.weight" else name
+
+
+def test_the_hubs_names_are_those_of_the_real_checkpoints(family):
+    names = {on_the_hub(name) for name in family.models["vision"].state_dict()}
+    assert names > {
+        "language_model.lm_head.weight",
+        "language_model.model.embed_tokens.weight",
+        "language_model.model.layers.0.self_attn.q_proj.weight",
+        "multi_modal_projector.linear_1.weight",
+        "vision_tower.vision_model.embeddings.class_embedding",
+        "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight",
+        "vision_tower.vision_model.pre_layrnorm.weight",
+    }
+
+
+@pytest.mark.parametrize("rename", [on_the_hub, str], ids=["hub", "memory"])
+@pytest.mark.parametrize("modality", ["vision", "video"])
+def test_names_on_the_hub_and_in_memory_give_the_same_bytes(
+    family, omni, tmp_path, modality, rename
+):
+    folder = tmp_path / "renamed"
+    shutil.copytree(family.folders[modality], folder)
+    state = family.models[modality].state_dict()
+    save_file({rename(n): t for n, t in state.items()}, folder / "model.safetensors")
+    compose(family.base, family.folders | {modality: folder}, tmp_path / "omni")
+    composed = (tmp_path / "omni/model.safetensors").read_bytes()
+    assert composed == (omni / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("method", ["tsv", "wudi", "ties", "dare_ties", "iso_c"])
+def test_two_specialists_by_any_method(family, tmp_path, method):
+    two = {m: family.folders[m] for m in ("audio", "vision")}
+    folder = compose(family.base, two, tmp_path / "two", method=method)
+    model = OmniForConditionalGeneration.from_pretrained(folder)
+    assert list(model.specialists) == ["audio", "vision"]
+    assert (folder / "specialists/audio/tokenizer.json").is_file()
+
+
+@torch.no_grad()
+def test_an_adapter_of_a_specialist(family, tmp_path):
+    torch.manual_seed(2)
+    model = LlavaForConditionalGeneration.from_pretrained(family.folders["vision"])
+    ends = ("layers.0.mlp.up_proj", "layers.1.self_attn.q_proj")
+    modules = [n for n, _ in model.named_modules() if "language" in n and n.endswith(ends)]
+    settings = LoraConfig(r=2, target_modules=modules, modules_to_save=["multi_modal_projector"])
+    adapted = get_peft_model(model, settings)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.normal_(std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected = adapted.merge_and_unload().eval()
+    compose(
+        family.base, {"vision": tmp_path / "adapter"}, tmp_path / "one", method="task_arithmetic"
+    )
+    model = OmniForConditionalGeneration.from_pretrained(tmp_path / "one").eval()
+    ids, inputs = prompt("vision"), family.inputs["vision"]
+    logits = model(input_ids=ids, modality_inputs={"vision": inputs}).logits
+    wanted = expected(input_ids=ids, **inputs).logits[..., : WORDS + 1]
+    torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=0)
+
+
+def refused(family, tmp_path, specialists, message, error=ValueError):
+    with pytest.raises(error, match=message):
+        compose(family.base, specialists, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_language_model_of_another_shape_is_refused(family, tmp_path):
+    wide = LlavaConfig(
+        vision_config=VISION, text_config=TEXT | {"intermediate_size": 64}, image_token_id=WORDS
+    )
+    LlavaForConditionalGeneration(wide).save_pretrained(tmp_path / "wide")
+    message = r"vision: model\.layers\.0\.mlp\.\w+\.weight has shape \(.*64.*\) in .* and \(.*48"
+    refused(family, tmp_path, {"vision": tmp_path / "wide"}, message)
+    deep = LlavaConfig(
+        vision_config=VISION, text_config=TEXT | {"num_hidden_layers": 3}, image_token_id=WORDS
+    )
+    LlavaForConditionalGeneration(deep).save_pretrained(tmp_path / "deep")
+    refused(family, tmp_path, {"vision": tmp_path / "deep"}, r"has model\.layers\.2\..*has not")
+
+
+def test_tokenizers_that_disagree_are_refused(family, tmp_path):
+    folder = tmp_path / "other"
+    family.models["audio"].save_pretrained(folder)
+    save_tokenizer(folder, ["<|AUDIO|>"], first="other")
+    message = r"audio: token 'other' is number 3 in its tokenizer, absent in the base's"
+    refused(family, tmp_path, family.folders | {"audio": folder}, message)
+
+
+def test_token_numbers_claimed_twice_are_refused(family, tmp_path):
+    message = r"audio uses token 40 for audio_token_\w+, vision for image input"
+    loaded = {m: family.models[m] for m in ("vision", "audio")}
+    refused(family, tmp_path, loaded, message)
+
+
+def test_inputs_that_do_not_fit_are_refused(family, omni):
+    model = OmniForConditionalGeneration.from_pretrained(omni)
+    with pytest.raises(ValueError, match="no specialist for 'smell': this model has"):
+        model(input_ids=prompt("vision"), modality_inputs={"smell": {}})
+    with pytest.raises(ValueError, match="give either input_ids or inputs_embeds"):
+        model()
+    with pytest.raises(ValueError, match=r"audio: the prompt has 4 tokens and becomes 13 long"):
+        one = torch.tensor([[1, 5, WORDS + 1, 9]])
+        model(input_ids=one, modality_inputs={"audio": family.inputs["audio"]})
