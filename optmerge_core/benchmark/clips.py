@@ -1,9 +1,9 @@
 """Clips for the Omni benchmark: things that are seen, that move and that sound, and questions.
 
 A clip is one second: FRAMES pictures of 56 x 56 pixels and a waveform of 16 kHz. Two or three
-things of different colour and shape stand in quarters of their own; one of them moves; one or more sound, one after
-the other, each with the timbre of its shape at a low or a high pitch. Every question has the
-modalities it needs; counterparts of AVQA and MUSIC-AVQA.
+things of different colour and shape stand in it, each in its quarter; one of them moves; one or
+more sound, one after the other, each with the timbre of its shape at a low or a high pitch. Every
+question has the modalities that it needs; the counterparts of AVQA and MUSIC-AVQA.
 """
 
 from dataclasses import dataclass
