@@ -17,7 +17,7 @@ from .seeds import SHIPPED, evaluate, evaluators
 from .tasks import TASKS
 from .training import REGIMES, fine_tune, save
 
-RANKS = {f"rank {rank}": REGIMES["qwen2_vl"]["lora"] | {"rank": rank} for rank in (4, 16)}
+RANKS = {f"rank {rank}": REGIMES["qwen2_vl"]["lora"] | {"rank": rank} for rank in (4,)}
 SETTINGS = RANKS | {"full": REGIMES["internvl"]["gentle"]}
 
 
