@@ -250,6 +250,20 @@ def save(model, processor, folder, base_folder=None):
         processor.save_pretrained(folder)
 
 
+def write_log(folder, settings, losses, started):
+    """<folder>.json: settings, samples, a hundredth of the losses, seconds since `started`."""
+    every = len(losses) // 100 or 1
+    log = settings | {
+        "samples": 64 * len(losses),
+        "seconds": round(time.perf_counter() - started, 1),
+        "loss_every": every,
+        "loss": [
+            round(float(np.mean(losses[i : i + every])), 4) for i in range(0, len(losses), every)
+        ],
+    }
+    Path(f"{folder}.json").write_text(json.dumps(log, indent=1) + "\n")
+
+
 def build(output, family="internvl", only=None, seed=1, width=1):
     """Train what is shipped of a family into `output`: the base, then `plan`'s models (or `only`).
 
@@ -275,18 +289,8 @@ def build(output, family="internvl", only=None, seed=1, width=1):
             model, processor, losses = fine_tune(
                 base, label=name, **settings | {"snapshots": snapshots}
             )
-        every = len(losses) // 100 or 1
-        log = settings | {
-            "samples": 64 * len(losses),
-            "seconds": round(time.perf_counter() - started, 1),
-            "loss_every": every,
-            "loss": [
-                round(float(np.mean(losses[i : i + every])), 4)
-                for i in range(0, len(losses), every)
-            ],
-        }
         save(model, processor, folder, base)
-        Path(f"{folder}.json").write_text(json.dumps(log, indent=1) + "\n")
+        write_log(folder, settings, losses, started)
     return output
 
 
