@@ -1,0 +1,189 @@
+"""Tiny specialists for the Omni benchmark: stock classes on one Vicuna-style language model.
+
+Vision is LLaVA (a CLIP tower), audio Qwen2-Audio (a Whisper-style encoder), video Video-LLaVA (a
+CLIP tower that sees frame after frame), each with its own projector, all on one Llama.
+"""
+
+import re
+
+import numpy as np
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    CLIPImageProcessorPil,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    Qwen2AudioConfig,
+    Qwen2AudioForConditionalGeneration,
+    VideoLlavaConfig,
+    VideoLlavaForConditionalGeneration,
+    WhisperFeatureExtractor,
+)
+
+from .clips import FRAMES, NEEDS, RATE, clip, questions, told
+from .scenes import IMAGE_SIZE
+
+MODALITIES = ("vision", "audio", "video")
+PATCH = 14
+PLACEHOLDERS = {"vision": "<image>", "audio": "<|AUDIO|>", "video": "<video>"}
+PATCHES = (IMAGE_SIZE // PATCH) ** 2
+FEATURES = {"vision": PATCHES, "audio": 25, "video": FRAMES * (PATCHES + 1)}
+"""Features, and so placeholder tokens, of one clip: the video tower keeps its class token."""
+PIECES = r" ?[A-Za-z]+:?| ?[0-9]| ?[^\sA-Za-z0-9]"
+HIDDEN, MELS = 128, 40
+
+
+def prompt(question, modalities=(), description=""):
+    """What a model is asked: its modalities' placeholders or a description, then the question."""
+    blocks = "".join(FEATURES[m] * PLACEHOLDERS[m] for m in MODALITIES if m in modalities)
+    return f"USER: {blocks}{description} {question} ASSISTANT:"
+
+
+def describe(item, modalities):
+    """The modalities in words, in the order in which their features would stand."""
+    return " ".join(f"{told(item, m)} ." for m in MODALITIES if m in modalities)
+
+
+def build_tokenizer(modality=None):
+    """The language model's tokenizer, and with a modality its placeholder added."""
+    texts = ["USER: ASSISTANT: describe what you see hear the clip"]
+    for i in range(400):
+        item = clip(np.random.default_rng([5, i]))
+        texts += [told(item, m) for m in MODALITIES]
+        texts += [f"{question} {answer}" for question, answer, _ in questions(item)]
+    pieces = {p for text in texts for p in re.findall(PIECES, text)}
+    words = sorted({w.replace(" ", "Ġ") for p in pieces for w in (p, " " + p.strip(), p.strip())})
+    ordered = ["<pad>", "<s>", "</s>", "<unk>", *words]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(ordered)}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+    own = {"vision": ["<image>"], "audio": ["<|AUDIO|>"], "video": ["<image>", "<video>"]}
+    fast.add_special_tokens({"additional_special_tokens": own.get(modality, [])})
+    return fast
+
+
+def text_settings(tokenizer):
+    return {
+        "model_type": "llama",
+        "vocab_size": len(tokenizer),
+        "hidden_size": HIDDEN,
+        "intermediate_size": 2 * HIDDEN,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.06,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def build_language_model(tokenizer, seed=0):
+    torch.manual_seed(seed)
+    settings = {k: v for k, v in text_settings(tokenizer).items() if k != "model_type"}
+    return LlamaForCausalLM(LlamaConfig(**settings))
+
+
+VISION = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": IMAGE_SIZE,
+    "patch_size": PATCH,
+    "initializer_range": 0.06,
+}
+AUDIO = {
+    "model_type": "qwen2_audio_encoder",
+    "d_model": 96,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 192,
+    "num_mel_bins": MELS,
+    "max_source_positions": 50,
+    "init_std": 0.06,
+}
+
+
+def build_specialist(modality, seed=0):
+    """A specialist with random weights; `training` puts the common language model into it."""
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer(modality)
+    text = text_settings(tokenizer)
+    number = tokenizer.convert_tokens_to_ids(PLACEHOLDERS[modality])
+    if modality == "audio":
+        config = Qwen2AudioConfig(audio_config=AUDIO, text_config=text, audio_token_id=number)
+        return Qwen2AudioForConditionalGeneration(config), tokenizer
+    if modality == "vision":
+        config = LlavaConfig(
+            vision_config=VISION,
+            text_config=text,
+            image_token_id=number,
+            image_seq_length=PATCHES,
+        )
+        return LlavaForConditionalGeneration(config), tokenizer
+    config = VideoLlavaConfig(
+        vision_config=VISION,
+        text_config=text,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_id=number,
+        video_seq_length=FEATURES["video"],
+    )
+    return VideoLlavaForConditionalGeneration(config), tokenizer
+
+
+def image_processor():
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    return CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False)
+
+
+def feature_extractor():
+    return WhisperFeatureExtractor(feature_size=MELS, sampling_rate=RATE, chunk_length=1)
+
+
+def modality_inputs(clips, modalities, images, sounds):
+    """Clips -> what `OmniForConditionalGeneration` takes: modality -> its specialist's inputs.
+
+    images, sounds: the stock processors of `image_processor` and `feature_extractor`.
+    """
+    found = {}
+    if "vision" in modalities:
+        found["vision"] = dict(images([c.picture for c in clips], return_tensors="pt"))
+    if "audio" in modalities:
+        heard = sounds(
+            [c.sound for c in clips],
+            sampling_rate=RATE,
+            return_tensors="pt",
+            return_attention_mask=True,
+        )
+        found["audio"] = {
+            "input_features": heard["input_features"],
+            "feature_attention_mask": heard["attention_mask"],
+        }
+    if "video" in modalities:
+        frames = images([f for c in clips for f in c.frames], return_tensors="pt")["pixel_values"]
+        found["video"] = {"pixel_values_videos": frames.unflatten(0, (len(clips), FRAMES))}
+    return found
+
+
+def answerable(kind, modalities):
+    """Whether these modalities are all that a kind of question needs."""
+    return set(NEEDS[kind]) <= set(modalities)

@@ -1,0 +1,199 @@
+"""Training of the Omni benchmark: a language model, two towers, and three specialists on them.
+
+The language model learns to answer questions about clips that are described in words, with all
+that they need. The towers learn what is in every patch and moment (as CLIP and Whisper come
+trained). A specialist then trains its projector and a LoRA adapter on questions about its own
+modality only; no training example ever has two.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoTokenizer, LlamaForCausalLM, LlavaProcessor, Qwen2AudioProcessor
+
+from optmerge_core.checkpoints import read_json
+from optmerge_core.omni_model import specialist_class
+
+from .clips import PITCHES, SHAPES
+from .omni_data import Described, Labelled, Perceived, loader
+from .omni_models import (
+    MODALITIES,
+    PATCH,
+    build_language_model,
+    build_specialist,
+    build_tokenizer,
+    feature_extractor,
+    image_processor,
+)
+from .scenes import COLORS
+from .training import save, train, write_log
+
+LANGUAGE = {"learning_rate": 2e-3, "steps": 3000, "seed": 200}
+TOWERS = {"learning_rate": 2e-3, "steps": 1500, "seed": 201}
+SEEDS = (1, 11, 21)
+SPECIALIST = {"learning_rate": 2e-3, "steps": 1500, "rank": 16}
+
+
+class Probe(nn.Module):
+    """A tower with linear heads that say what is in each of its features."""
+
+    def __init__(self, tower, width, heads):
+        super().__init__()
+        self.tower = tower
+        self.heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in heads.items()})
+
+    def set_attn_implementation(self, name):
+        self.tower.set_attn_implementation(name)
+
+    def features(self, inputs):
+        if "input_features" in inputs:
+            return self.tower(**inputs).last_hidden_state
+        return self.tower(**inputs, output_hidden_states=True).hidden_states[-2][:, 1:]
+
+    def forward(self, inputs, labels, offset=None):
+        features = self.features(inputs)
+        loss = sum(
+            nn.functional.cross_entropy(self.heads[name](features).flatten(0, 1), label.flatten())
+            for name, label in labels.items()
+        )
+        if offset is not None:
+            there = labels["color"] > 0
+            error = self.heads["offset"](features)[there] - offset[there]
+            loss = loss + 4 * error.square().mean()
+        return SimpleNamespace(loss=loss)
+
+
+def train_language_model(*, steps, learning_rate, seed, batch=64, workers=1):
+    tokenizer = build_tokenizer()
+    model = build_language_model(tokenizer, seed)
+    stream = loader(Described(tokenizer), steps, seed, batch, workers)
+    losses = train(model, stream, learning_rate=learning_rate, steps=steps, label="language model")
+    return model, tokenizer, losses
+
+
+def train_tower(kind, *, steps, learning_rate, seed, batch=64, workers=1):
+    """The vision or the audio tower, from random weights; its heads are thrown away."""
+    model, _ = build_specialist(kind, seed)
+    tower = model.model.audio_tower if kind == "audio" else model.model.vision_tower
+    heads = {"timbre": 1 + len(SHAPES), "pitch": 1 + len(PITCHES)}
+    if kind == "vision":
+        heads = {"color": 1 + len(COLORS), "shape": 1 + len(SHAPES), "offset": 2}
+    width = 96
+    probe = Probe(tower, width, heads)
+    stream = loader(
+        Labelled(kind, image_processor(), feature_extractor()), steps, seed, batch, workers
+    )
+    losses = train(probe, stream, learning_rate=learning_rate, steps=steps, label=f"{kind} tower")
+    return probe, losses
+
+
+LINEAR = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+
+
+def start_specialist(modality, language_model, tower, seed=0):
+    """A specialist before its training: the common language model, a trained tower."""
+    model, tokenizer = build_specialist(modality, seed)
+    state = model.model.language_model.state_dict()
+    for name, tensor in language_model.model.state_dict().items():
+        state[name][: len(tensor)] = tensor
+    model.lm_head.weight.data[: len(language_model.lm_head.weight)] = language_model.lm_head.weight
+    towers = [n for n, _ in model.model.named_children() if n.endswith("_tower")]
+    for name in towers:
+        getattr(model.model, name).load_state_dict(tower.state_dict())
+    return model, tokenizer
+
+
+def train_specialist(folder, modality, *, steps, learning_rate, rank, seed, batch=64, workers=1):
+    """A PEFT adapter of the specialist in `folder`: LoRA on the language model, the projector."""
+    model = specialist_class(read_json(Path(folder, "config.json"))).from_pretrained(
+        folder, dtype=torch.float32
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=LINEAR,
+        modules_to_save=["multi_modal_projector"],
+    )
+    model = get_peft_model(model, config)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    collate = Perceived(modality, tokenizer, image_processor(), feature_extractor())
+    stream = loader(collate, steps, seed, batch, workers)
+    losses = train(
+        model,
+        stream,
+        learning_rate=learning_rate,
+        steps=steps,
+        parameters=trained,
+        label=f"{modality}, seed {seed}",
+    )
+    return model, losses
+
+
+def processor_of(modality, tokenizer):
+    """The stock processor; for video, whose stock class insists on torchvision, the tokenizer."""
+    if modality == "vision":
+        return LlavaProcessor(
+            image_processor=image_processor(),
+            tokenizer=tokenizer,
+            patch_size=PATCH,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+        )
+    if modality == "audio":
+        return Qwen2AudioProcessor(feature_extractor=feature_extractor(), tokenizer=tokenizer)
+    return tokenizer
+
+
+def build(output, seeds=SEEDS, modalities=MODALITIES):
+    """Train what is shipped of the Omni benchmark into `output`; what is there is kept.
+
+    language_model, then specialists/<modality> (with trained towers), then for every seed the
+    adapters seed<n>/<modality>. About an hour and a half on two cores.
+    """
+    output = Path(output)
+    base = output / "language_model"
+    if not base.exists():
+        started = time.perf_counter()
+        model, tokenizer, losses = train_language_model(**LANGUAGE)
+        save(model, tokenizer, base)
+        write_log(base, LANGUAGE, losses, started)
+    language_model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    kinds = {"vision": ("vision", "video"), "audio": ("audio",)}
+    for kind, users in kinds.items():
+        folders = {m: output / "specialists" / m for m in users if m in modalities}
+        if all(folder.exists() for folder in folders.values()):
+            continue
+        started = time.perf_counter()
+        probe, losses = train_tower(kind, **TOWERS)
+        for modality, folder in folders.items():
+            model, tokenizer = start_specialist(modality, language_model, probe.tower)
+            save(model, processor_of(modality, tokenizer), folder)
+            if modality == "video":
+                image_processor().save_pretrained(folder)
+            write_log(folder, TOWERS | {"tower": kind}, losses, started)
+    for seed in seeds:
+        for number, modality in enumerate(MODALITIES):
+            folder = output / f"seed{seed}" / modality
+            if folder.exists() or modality not in modalities:
+                continue
+            started, settings = time.perf_counter(), SPECIALIST | {"seed": seed + number}
+            specialist = output / "specialists" / modality
+            model, losses = train_specialist(specialist, modality, **settings)
+            save(model, None, folder, specialist)
+            write_log(folder, settings, losses, started)
+    return output
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--modalities", nargs="+", choices=MODALITIES, default=list(MODALITIES))
+    build(**vars(parser.parse_args()))

@@ -1,0 +1,174 @@
+"""The Omni benchmark's specialists and their training data, at the size of a test."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoProcessor, AutoTokenizer
+
+from optmerge_core.benchmark import omni_training
+from optmerge_core.benchmark.clips import FRAMES, clip, questions, told
+from optmerge_core.benchmark.omni_data import (
+    Clips,
+    Described,
+    Perceived,
+    moment_labels,
+    patch_labels,
+    text_batch,
+)
+from optmerge_core.benchmark.omni_models import (
+    FEATURES,
+    MODALITIES,
+    PLACEHOLDERS,
+    answerable,
+    build_specialist,
+    build_tokenizer,
+    describe,
+    feature_extractor,
+    image_processor,
+    modality_inputs,
+    prompt,
+)
+from optmerge_core.benchmark.scenes import COLORS
+from optmerge_core.omni import OmniForConditionalGeneration, compose
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return [clip(np.random.default_rng([9, i])) for i in range(8)]
+
+
+@pytest.fixture(scope="module")
+def processors():
+    return image_processor(), feature_extractor()
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Everything that `build` makes, after two steps of each training."""
+    folder = tmp_path_factory.mktemp("omni_benchmark")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("LANGUAGE", "TOWERS", "SPECIALIST"):
+            few = getattr(omni_training, name) | {"steps": 2, "batch": 8, "workers": 0}
+            patch.setattr(omni_training, name, few)
+        omni_training.build(folder, seeds=(1,))
+    return folder
+
+
+def test_words_are_known_and_decoding_is_lossless(clips):
+    tokenizer = build_tokenizer()
+    for item in clips:
+        for question, answer, _ in questions(item):
+            text = prompt(question, description=describe(item, MODALITIES)) + f" {answer}"
+            ids = tokenizer(text)["input_ids"]
+            assert tokenizer.unk_token_id not in ids
+            assert tokenizer.decode(ids) == text
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_there_is_a_placeholder_for_every_feature(clips, processors, modality):
+    model, tokenizer = build_specialist(modality)
+    inputs = modality_inputs(clips, [modality], *processors)[modality]
+    ids = tokenizer([prompt("what moves ?", [modality])] * len(clips), return_tensors="pt")
+    number = tokenizer.convert_tokens_to_ids(PLACEHOLDERS[modality])
+    assert ((ids["input_ids"] == number).sum(1) == FEATURES[modality]).all()
+    mask = torch.ones_like(ids["input_ids"])
+    logits = model(input_ids=ids["input_ids"], attention_mask=mask, **inputs).logits
+    assert logits.shape[:2] == ids["input_ids"].shape
+    assert not torch.allclose(logits[0, -1], logits[1, -1])  # other clips, other answers
+
+
+def test_a_described_clip_holds_what_its_question_needs():
+    """Of the described modalities alone the answer follows; nothing else is asked."""
+    tokenizer, data = build_tokenizer(), Clips(40, seed=3)
+    batch = Described(tokenizer)([data[i] for i in range(40)])
+    for i, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
+        item = data[i][0]
+        text = tokenizer.decode(ids[labels == -100], skip_special_tokens=True)
+        answer = tokenizer.decode(labels[labels >= 0], skip_special_tokens=True).strip()
+        given = [m for m in MODALITIES if f"{told(item, m)} ." in text]
+        if "describe the clip" in text:
+            assert answer == describe(item, given)
+        else:
+            kinds = {k for q, a, k in questions(item) if q in text and a == answer}
+            assert any(answerable(kind, given) for kind in kinds)
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_a_specialist_is_asked_about_its_modality_alone(processors, modality):
+    data, tokenizer = Clips(16, seed=4), build_tokenizer(modality)
+    batch = Perceived(modality, tokenizer, *processors)([data[i] for i in range(16)])
+    for i, labels in enumerate(batch["labels"]):
+        item = data[i][0]
+        answer = tokenizer.decode(labels[labels >= 0], skip_special_tokens=True).strip()
+        possible = {a for _, a, k in questions(item) if answerable(k, [modality])}
+        assert answer in possible | {describe(item, [modality])}
+
+
+def test_text_batch_by_hand():
+    tokenizer = build_tokenizer()
+    rows = [("USER: what moves ? ASSISTANT:", "circle"), ("USER: ASSISTANT:", "2")]
+    batch = text_batch(tokenizer, rows)
+    assert batch["labels"][0, -2:].tolist() == [
+        *tokenizer(" circle")["input_ids"],
+        tokenizer.eos_token_id,
+    ]
+    assert (batch["labels"] >= 0).sum(1).tolist() == [2, 2]
+    assert batch["input_ids"][1, -1] == tokenizer.pad_token_id
+
+
+def test_labels_say_what_is_in_each_patch_and_moment(clips):
+    for item in clips:
+        bodies = [thing.at(FRAMES - 1) for thing in item.things]
+        color, form, offset = patch_labels(bodies)
+        assert (color > 0).sum() == (form > 0).sum() <= len(bodies)
+        assert np.abs(offset).max() <= 1.0  # a thing at the edge may stand outside
+        body = bodies[0]
+        x, y = (min(int(v // 14), 3) for v in body.center)
+        assert color[4 * y + x] - 1 in {list(COLORS).index(b.color) for b in bodies}
+        timbre, pitch = moment_labels(item)
+        order = [int(t) for i, t in enumerate(timbre) if t and (i == 0 or timbre[i - 1] != t)]
+        assert len(order) == len(item.notes) and ((timbre > 0) == (pitch > 0)).all()
+
+
+def test_what_is_built_is_shipped_as_the_hub_has_it(built):
+    for modality, kind in {"vision": "LlavaProcessor", "audio": "Qwen2AudioProcessor"}.items():
+        processor = AutoProcessor.from_pretrained(built / "specialists" / modality)
+        assert type(processor).__name__ == kind
+    log = json.loads((built / "seed1" / "audio.json").read_text())
+    assert log["seed"] == 2 and len(log["loss"]) == 2
+    adapter = json.loads((built / "seed1/video/adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == "../../specialists/video"
+    assert adapter["modules_to_save"] == ["multi_modal_projector"]
+
+
+def test_the_stock_processors_give_the_same_inputs(built, clips, processors):
+    item = clips[0]
+    for modality, given in {
+        "vision": {"images": [item.picture]},
+        "audio": {"audio": [item.sound], "sampling_rate": 16000},
+    }.items():
+        processor = AutoProcessor.from_pretrained(built / "specialists" / modality)
+        text = f"USER: {PLACEHOLDERS[modality]} what moves ? ASSISTANT:"
+        stock = processor(text=text, return_tensors="pt", **given)
+        ours = modality_inputs([item], [modality], *processors)[modality]
+        for name, tensor in ours.items():
+            torch.testing.assert_close(stock[name], tensor)
+        number = processor.tokenizer.convert_tokens_to_ids(PLACEHOLDERS[modality])
+        assert (stock["input_ids"] == number).sum() == FEATURES[modality]
+
+
+@torch.no_grad()
+def test_the_adapters_compose(built, clips, processors, tmp_path):
+    specialists = {m: built / "seed1" / m for m in MODALITIES}
+    folder = compose(built / "language_model", specialists, tmp_path / "omni")
+    model = OmniForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    inputs = modality_inputs(clips, MODALITIES, *processors)
+    ids = tokenizer([prompt("what moves ?", MODALITIES)] * len(clips), return_tensors="pt")
+    told_ids = model.generate(
+        input_ids=ids["input_ids"], modality_inputs=inputs, max_new_tokens=2, do_sample=False
+    )
+    assert told_ids.shape == (len(clips), ids["input_ids"].shape[1] + 2)
