@@ -93,12 +93,12 @@ class Evaluator:
     @torch.inference_mode()
     def _embed(self, processor, rows):
         """What `generate` takes: prompts with the features of their images in place."""
-        inputs = dict(processor(
-            images=list(rows["image"]),
-            text=[processor.prompt(q) for q in rows["question"]],
-            return_tensors="pt",
-        ))  # fmt: skip
-        ids, grid = inputs["input_ids"], inputs.get("image_grid_thw")
+        texts = [processor.prompt(question, processor.block) for question in rows["question"]]
+        ids = self.tokenizer(texts, return_tensors="pt")["input_ids"]
+        pixels = np.stack([np.asarray(image) for image in rows["image"]])
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        inputs |= processor.image_inputs(pixels, ids)
+        grid = inputs.get("image_grid_thw")
         images = {"pixel_values": inputs.pop("pixel_values")}
         images |= {"image_grid_thw": grid} if grid is not None else {}
         features = self.model.get_image_features(**images).pooler_output

@@ -1,0 +1,95 @@
+"""Evaluation on the Omni benchmark: questions about clips, any modalities on, any weights in.
+
+Towers, projectors and embeddings are the same under every merge, so what a prompt looks like to
+the language model is computed once for each subset of modalities.
+"""
+
+from collections import defaultdict
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import AutoTokenizer
+
+from optmerge_core.omni import OmniForConditionalGeneration
+
+from .clips import NEEDS, clip, questions
+from .omni_models import (
+    MODALITIES,
+    feature_extractor,
+    image_processor,
+    modality_inputs,
+    prompt,
+)
+
+SPLITS = {"validation": 301, "test": 302}
+"""Split -> seed of its clips; training draws from other seeds."""
+
+
+def draw_questions(split, count):
+    """[(clip, question, answer, kind)]: `count` of every kind, each about a clip of its own."""
+    found = {kind: [] for kind in NEEDS}
+    index = 0
+    while any(len(rows) < count for rows in found.values()):
+        rng = np.random.default_rng([SPLITS[split], 12, index])
+        item = clip(rng)
+        open_kinds = [k for k in NEEDS if len(found[k]) < count]
+        asked = [q for q in questions(item) if q[2] in open_kinds]
+        if asked:
+            question, answer, kind = asked[int(rng.integers(len(asked)))]
+            found[kind].append((item, question, answer, kind))
+        index += 1
+    return [row for rows in found.values() for row in rows]
+
+
+class OmniEvaluator:
+    """Answers questions with an Omni model, its language model's weights replaced at will.
+
+    folder: a composed model; items: as `draw_questions` gives them; modalities: those switched on.
+    """
+
+    def __init__(self, folder, items, modalities=MODALITIES, batch_size=100):
+        self.model = OmniForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32
+        ).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.base = {
+            f"model.{n}": p.detach().clone()
+            for n, p in self.model.language_model.named_parameters()
+        }
+        self.table = pd.DataFrame(
+            [(question, answer, kind) for _, question, answer, kind in items],
+            columns=["question", "answer", "kind"],
+        )
+        texts = [prompt(question, modalities) for question in self.table["question"]]
+        groups = defaultdict(list)
+        for index, ids in enumerate(self.tokenizer(texts)["input_ids"]):
+            groups[len(ids)].append(index)
+        self.batches = []
+        processors = image_processor(), feature_extractor()
+        for rows in groups.values():
+            for start in range(0, len(rows), batch_size):
+                part = rows[start : start + batch_size]
+                ids = self.tokenizer([texts[i] for i in part], return_tensors="pt")["input_ids"]
+                inputs = modality_inputs([items[i][0] for i in part], modalities, *processors)
+                with torch.inference_mode():
+                    self.batches.append((part, ids, self.model.embed(ids, inputs)))
+
+    @torch.inference_mode()
+    def answer(self, weights=None):
+        """Greedy answers with `weights` (the language model's own names) over the folder's."""
+        for name, parameter in self.model.language_model.named_parameters():
+            full = f"model.{name}"
+            parameter.copy_((weights or {}).get(full, self.base[full]))
+        predictions = np.empty(len(self.table), dtype=object)
+        for rows, ids, embeddings in self.batches:
+            tokens = self.model.generate(
+                inputs_embeds=embeddings,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=4,
+                do_sample=False,
+            )
+            texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            predictions[rows] = [text.strip() for text in texts]
+        table = self.table.assign(prediction=predictions)
+        return table.assign(correct=table["prediction"] == table["answer"])
