@@ -24,11 +24,20 @@ class OmniConfig(PretrainedConfig):
 
     def __init__(self, text_config=None, specialists=None, **kwargs):
         if isinstance(text_config, dict):
-            text_config = AutoConfig.for_model(**text_config)
+            text_config = AutoConfig.for_model(**without_dtype(text_config))
         self.text_config = text_config or AutoConfig.for_model("llama")
-        self.specialists = dict(specialists or {})
+        self.specialists = without_dtype(specialists or {})
         kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
         super().__init__(**kwargs)
+
+
+def without_dtype(config: dict) -> dict:
+    """A config without the dtypes of its parts: all of an Omni model is loaded in one dtype."""
+    return {
+        key: without_dtype(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in ("dtype", "torch_dtype")
+    }
 
 
 class Tap(nn.Module):

@@ -168,7 +168,6 @@ def test_the_adapters_compose(built, clips, processors, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = modality_inputs(clips, MODALITIES, *processors)
     ids = tokenizer([prompt("what moves ?", MODALITIES)] * len(clips), return_tensors="pt")
-    told_ids = model.generate(
-        input_ids=ids["input_ids"], modality_inputs=inputs, max_new_tokens=2, do_sample=False
-    )
+    settings = {"min_new_tokens": 2, "max_new_tokens": 2, "do_sample": False}
+    told_ids = model.generate(input_ids=ids["input_ids"], modality_inputs=inputs, **settings)
     assert told_ids.shape == (len(clips), ids["input_ids"].shape[1] + 2)

@@ -263,6 +263,25 @@ def test_names_on_the_hub_and_in_memory_give_the_same_bytes(
     assert composed == (omni / "model.safetensors").read_bytes()
 
 
+@torch.no_grad()
+def test_half_precision_folders_load_in_any_precision(family, tmp_path):
+    folders = {"base": tmp_path / "base"} | {m: tmp_path / m for m in family.folders}
+    for name, folder in folders.items():
+        shutil.copytree(family.base if name == "base" else family.folders[name], folder)
+        model = LlamaForCausalLM if name == "base" else SPECIALISTS[name][0]
+        model.from_pretrained(folder, dtype=torch.float16).save_pretrained(folder)
+    half = compose(folders.pop("base"), folders, tmp_path / "half")
+    assert {t.dtype for t in load_file(half / "model.safetensors").values()} == {torch.float16}
+    for dtype in (torch.float32, torch.bfloat16, "auto"):
+        model = OmniForConditionalGeneration.from_pretrained(half, dtype=dtype)
+        expected = torch.float16 if dtype == "auto" else dtype
+        assert {p.dtype for p in model.parameters()} == {expected}
+    model = OmniForConditionalGeneration.from_pretrained(half, dtype=torch.float32).eval()
+    assert (
+        model(input_ids=prompt(*SPECIALISTS), modality_inputs=family.inputs).logits.isfinite().all()
+    )
+
+
 @pytest.mark.parametrize("method", ["tsv", "wudi", "ties", "dare_ties", "iso_c"])
 def test_two_specialists_by_any_method(family, tmp_path, method):
     two = {m: family.folders[m] for m in ("audio", "vision")}

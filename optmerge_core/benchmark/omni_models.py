@@ -49,7 +49,7 @@ def describe(item, modalities):
 
 def build_tokenizer(modality=None):
     """The language model's tokenizer, and with a modality its placeholder added."""
-    texts = ["USER: ASSISTANT: describe what you see hear the clip"]
+    texts = ["USER: ASSISTANT: describe the clip ."]
     for i in range(400):
         item = clip(np.random.default_rng([5, i]))
         texts += [told(item, m) for m in MODALITIES]
