@@ -142,12 +142,19 @@ def test_search_grows_a_methods_grid_until_its_choice_is_not_at_the_edge():
         assert tried.is_unique and {0.1, 1.0, 1.5} <= set(tried)
         assert tried.min() < best[method] < tried.max()
     assert best["middle"] == 1.0 and best["short"] < 0.05 and best["long"] > 5
-    assert (table["method"] == "middle").sum() == 3  # only the others' grids have grown
+    assert (table["method"] == "middle").sum() == 4  # 2.25 beside the grid's own
+
+
+def test_one_dip_does_not_end_the_search():
+    scores = {1.0: 5.0, 1.5: 4.0, 2.25: 6.0, 3.375: 5.0, 5.0625: 4.0}
+    table = search_scaling(lambda m, c: scores.get(c, 0.0), ["mean"], [0.5, 1.0, 1.5])
+    assert best_scaling(table) == {"mean": 2.25}
+    assert table["scaling_coefficient"].max() == 5.0625
 
 
 def test_the_search_ends_where_merging_only_harms():
     table = search_scaling(lambda m, c: -c, ["harmful"], [0.1, 1.0], extensions=3)
-    assert sorted(table["scaling_coefficient"]) == [0.0125, 0.025, 0.05, 0.1, 1.0]
+    assert sorted(table["scaling_coefficient"]) == [0.0125, 0.025, 0.05, 0.1, 1.0, 1.5]
     assert best_scaling(table) == {"harmful": 0.0125}
 
 

@@ -32,9 +32,10 @@ def interval(samples, level=0.95):
 def search_scaling(score, methods, grid, extensions=6):
     """Validation accuracy of every method over scaling coefficients, one tidy row each.
 
-    score(method, scaling_coefficient) -> per cent. Where a method is best at the edge of the grid,
-    its own grid grows, times 1.5 upwards or times 0.5 downwards, until its best lies inside, or
-    `extensions` times: a merge that only does harm is best at 0, the base model.
+    score(method, scaling_coefficient) -> per cent. A method's grid grows until two values above its
+    best have done worse, so that a dip does not end the search, and one below; `extensions` times
+    at most, times 1.5 upwards or times 0.5 downwards. A merge that only does harm is best at 0, the
+    base model.
     """
     tables = []
     for method in tqdm(methods, desc="scaling coefficients", leave=False):
@@ -42,9 +43,9 @@ def search_scaling(score, methods, grid, extensions=6):
         for _ in range(extensions + 1):
             rows += [(method, value, score(method, value)) for value in pending]
             table = pd.DataFrame(rows, columns=["method", "scaling_coefficient", "accuracy"])
-            tried, best = table["scaling_coefficient"], best_scaling(table)[method]
-            pending = [round(1.5 * best, 4)] if best == tried.max() else []
-            pending += [round(0.5 * best, 4)] if best == tried.min() else []
+            tried, best = sorted(table["scaling_coefficient"]), best_scaling(table)[method]
+            pending = [round(1.5 * tried[-1], 4)] if best in tried[-2:] else []
+            pending += [round(0.5 * best, 4)] if best == tried[0] else []
             if not pending:
                 break
         tables.append(table)
