@@ -107,6 +107,7 @@ class OmniForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 for modality, settings in config.specialists.items()
             }
         )
+        self.token_kinds: Tensor | None = None
         self.post_init()
 
     def get_input_embeddings(self):
@@ -119,8 +120,12 @@ class OmniForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.lm_head
 
     def embed(self, input_ids: Tensor, modality_inputs: dict | None = None) -> Tensor:
-        """Prompts (b, t) -> embeddings (b, t, hidden), the modalities' features in place."""
+        """Prompts (b, t) -> embeddings (b, t, hidden), the modalities' features in place.
+
+        `token_kinds` (b, t) then says what each is: 0 text, i a feature of the i-th specialist.
+        """
         embeddings = self.get_input_embeddings()(input_ids)
+        self.token_kinds = torch.zeros_like(input_ids)
         for modality, inputs in (modality_inputs or {}).items():
             if modality not in self.specialists:
                 raise ValueError(
@@ -137,6 +142,8 @@ class OmniForConditionalGeneration(PreTrainedModel, GenerationMixin):
                     f"{modality}: the prompt has {embeddings.shape[1]} tokens and becomes "
                     f"{filled.shape[1]} long; give one placeholder token for each feature"
                 )
+            kind = 1 + list(self.specialists).index(modality)
+            self.token_kinds[(filled != embeddings).any(-1)] = kind
             embeddings = filled
         return embeddings
 

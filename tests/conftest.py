@@ -77,3 +77,11 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(
         base=root / "base", experts={name: root / name for name in EXPERTS}, root=root
     )
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory) -> SimpleNamespace:
+    """Specialists for vision, audio and video on one language model (tests/specialists.py)."""
+    from specialists import make_family
+
+    return make_family(tmp_path_factory.mktemp("specialists"))

@@ -8,6 +8,7 @@ modality only; no training example ever has two.
 
 import argparse
 import time
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,10 +21,12 @@ from optmerge_core.checkpoints import read_json
 from optmerge_core.omni_model import specialist_class
 
 from .clips import PITCHES, SHAPES
+from .decoupling import decouple
 from .omni_data import Described, Labelled, Perceived, loader
 from .omni_models import (
     MODALITIES,
     PATCH,
+    PLACEHOLDERS,
     build_language_model,
     build_specialist,
     build_tokenizer,
@@ -108,20 +111,24 @@ def start_specialist(modality, language_model, tower, seed=0):
     return model, tokenizer
 
 
-def train_specialist(folder, modality, *, steps, learning_rate, rank, seed, batch=64, workers=1):
-    """A PEFT adapter of the specialist in `folder`: LoRA on the language model, the projector."""
+def train_specialist(
+    folder, modality, *, steps, learning_rate, rank, seed, decoupled=False, batch=64, workers=1
+):
+    """A PEFT adapter of the specialist in `folder`: LoRA on the language model, the projector.
+
+    decoupled: a second adapter, "text", for the tokens that are no features (DAMC).
+    """
     model = specialist_class(read_json(Path(folder, "config.json"))).from_pretrained(
         folder, dtype=torch.float32
     )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(seed)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank,
-        target_modules=LINEAR,
-        modules_to_save=["multi_modal_projector"],
-    )
-    model = get_peft_model(model, config)
+    adapter = {"r": rank, "lora_alpha": 2 * rank, "target_modules": LINEAR}
+    projector = ["multi_modal_projector"]
+    model = get_peft_model(model, LoraConfig(**adapter, modules_to_save=projector))
+    if decoupled:
+        number = tokenizer.convert_tokens_to_ids(PLACEHOLDERS[modality])
+        decouple(model, LoraConfig(**adapter), number)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     collate = Perceived(modality, tokenizer, image_processor(), feature_extractor())
     stream = loader(collate, steps, seed, batch, workers)
@@ -155,7 +162,7 @@ def build(output, seeds=SEEDS, modalities=MODALITIES):
     """Train what is shipped of the Omni benchmark into `output`; what is there is kept.
 
     language_model, then specialists/<modality> (with trained towers), then for every seed the
-    adapters seed<n>/<modality>. About an hour and a half on two cores.
+    adapters seed<n>/<modality> and, decoupled, seed<n>/decoupled/<modality>.
     """
     output = Path(output)
     base = output / "language_model"
@@ -179,11 +186,12 @@ def build(output, seeds=SEEDS, modalities=MODALITIES):
                 image_processor().save_pretrained(folder)
             write_log(folder, TOWERS | {"tower": kind}, losses, started)
     for seed in seeds:
-        for number, modality in enumerate(MODALITIES):
-            folder = output / f"seed{seed}" / modality
+        for decoupled, modality in product((False, True), MODALITIES):
+            folder = output / f"seed{seed}" / ("decoupled" if decoupled else "") / modality
             if folder.exists() or modality not in modalities:
                 continue
-            started, settings = time.perf_counter(), SPECIALIST | {"seed": seed + number}
+            started, number = time.perf_counter(), MODALITIES.index(modality)
+            settings = SPECIALIST | {"seed": seed + number, "decoupled": decoupled}
             specialist = output / "specialists" / modality
             model, losses = train_specialist(specialist, modality, **settings)
             save(model, None, folder, specialist)

@@ -241,10 +241,12 @@ def save(model, processor, folder, base_folder=None):
     """
     half = copy.deepcopy(model).to(torch.float16)
     if isinstance(model, PeftModel):
-        base = os.path.relpath(base_folder, folder)
-        half.peft_config["default"].base_model_name_or_path = Path(base).as_posix()
+        for name, config in half.peft_config.items():
+            target = Path(folder, name if name != "default" else "")
+            config.base_model_name_or_path = Path(os.path.relpath(base_folder, target)).as_posix()
         half.save_pretrained(folder, save_embedding_layers=False)
-        Path(folder, "README.md").unlink()
+        for card in Path(folder).rglob("README.md"):
+            card.unlink()
     else:
         half.save_pretrained(folder)
         processor.save_pretrained(folder)
