@@ -40,8 +40,10 @@ def run(
     it they go to `figures/<name>` and `runs/<name>/notebooks` of the checkout, `name` being the
     recipe's. Each notebook is given `recipe`, `output_dir` (the folder of the figures) and
     `device`, the paths relative to the notebooks' folder, in which it runs as it does in
-    JupyterLab. A notebook whose parameters are `recipes` and `figure_dirs` compares: it runs once,
-    after all others, on several recipes, as if on one named `comparison`.
+    JupyterLab. A notebook runs on recipes that merge what the recipe it names itself merges,
+    capabilities or modalities. One whose parameters are `recipes` and `figure_dirs` compares: it
+    runs once, after all others, on several recipes that merge capabilities, as if on one named
+    `comparison`.
 
     A notebook is skipped if its copy was made with the same parameters and is newer than the
     recipe, the notebook and every copy before it, since notebooks hand over through files.
@@ -50,11 +52,13 @@ def run(
     if isinstance(recipe_paths, str | Path):
         recipe_paths = [recipe_paths]
     studies: dict[str, Path] = {}
+    merges: dict[str, str] = {}
     for path in map(Path, recipe_paths):
-        name = load_recipe(path).name
+        recipe = load_recipe(path)
+        name = recipe.name
         if name in studies:
             raise ValueError(f"{path}: the name {name!r} is {studies[name].name}'s too; rename one")
-        studies[name] = path.resolve()
+        studies[name], merges[name] = path.resolve(), recipe.merges
     folder = Path(notebooks_dir or CHECKOUT / "notebooks").resolve()
     notebooks = sorted(folder.glob("[0-9]*.ipynb"))
     if not notebooks:
@@ -62,7 +66,8 @@ def run(
             f"{_shown(folder)}: no numbered notebook; `run` needs a checkout of the repository "
             "installed with `make setup`, not the package alone"
         )
-    comparing = [notebook for notebook in notebooks if _compares(notebook)]
+    comparing = [notebook for notebook in notebooks if _parameter(notebook, "recipes")]
+    takes = {notebook: _merges(notebook) for notebook in notebooks if notebook not in comparing}
     several = len(studies) > 1
 
     def folders(name: str) -> tuple[Path, Path]:
@@ -72,18 +77,27 @@ def run(
         return out / "figures", out / "notebooks"
 
     executed: list[Path] = []
+    compared: list[str] = []
+    compared_copies: list[Path] = []
     for name, path in studies.items():
         figures, copies = folders(name)
         given = {"recipe": _relative(path, folder), "device": device}
-        alone = [notebook for notebook in notebooks if notebook not in comparing]
-        executed += _run_all(name, alone, given, figures, copies, [path])
-    if several and comparing:
+        alone = [notebook for notebook, kind in takes.items() if kind == merges[name]]
+        if not alone:
+            raise ValueError(f"{path.name}: no notebook in {_shown(folder)} merges {merges[name]}")
+        executed += (done := _run_all(name, alone, given, figures, copies, [path]))
+        if merges[name] == "capabilities":
+            compared.append(name)
+            compared_copies += done
+    if len(compared) > 1 and comparing:
         given = {
-            "recipes": [_relative(path, folder) for path in studies.values()],
-            "figure_dirs": [_relative(folders(name)[0], folder) for name in studies],
+            "recipes": [_relative(studies[name], folder) for name in compared],
+            "figure_dirs": [_relative(folders(name)[0], folder) for name in compared],
             "device": device,
         }
-        executed += _run_all("comparison", comparing, given, *folders("comparison"), executed)
+        executed += _run_all(
+            "comparison", comparing, given, *folders("comparison"), compared_copies
+        )
     return executed
 
 
@@ -122,11 +136,18 @@ def _run_all(
     return executed
 
 
-def _compares(notebook: Path) -> bool:
-    """Does its cell of parameters name several `recipes`?"""
+def _parameter(notebook: Path, name: str) -> str | None:
+    """The source of a parameter's default, None if the notebook has no such parameter."""
     cells = nbformat.read(notebook, as_version=4).cells
     tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
-    return any(re.search(r"^recipes\s*=", source, re.MULTILINE) for source in tagged)
+    found = re.search(rf"^{name}\s*=\s*([^#\n]*)", "\n".join(tagged), re.MULTILINE)
+    return found and found[1].strip()
+
+
+def _merges(notebook: Path) -> str:
+    """What the notebook's own recipe merges, "capabilities" where it names none that is there."""
+    own = notebook.parent / (_parameter(notebook, "recipe") or "").strip("'\"")
+    return load_recipe(own).merges if own.is_file() else "capabilities"
 
 
 def _execute(notebook: Path, copy: Path, parameters: dict[str, Any]) -> None:

@@ -68,6 +68,7 @@ class Recipe(_Strict):
     dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = None
     name: str = ""
     family: Literal[*FAMILIES] | None = None
+    merges: Literal["capabilities", "modalities"] = "capabilities"
     fine_tuning: Literal["full", "lora"] = "full"  # which of the paper's items its figures match
     scaling_coefficients: Annotated[list[float], Field(min_length=1)] = [0.1, 0.3, 0.5, 0.7, 1, 1.5]
     seed: int = 0

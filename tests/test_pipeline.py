@@ -141,6 +141,19 @@ def test_several_recipes_then_the_comparison(study, instant, monkeypatch):
     assert instant == ["00", "01"]  # one recipe: nothing to compare
 
 
+def test_a_notebook_runs_on_recipes_that_merge_what_its_own_does(study, instant):
+    omni = "merges: modalities\nbase_model: base\nmodels: [{model: chart}]\n"
+    (study / "omni.yaml").write_text(omni)
+    with pytest.raises(ValueError, match=r"omni.yaml: no notebook in notebooks merges modalities"):
+        run("omni.yaml", "out", "cpu", "notebooks")
+    given = 'recipe = "../omni.yaml"  # the study\noutput_dir = ""\ndevice = ""'
+    cell = nbformat.v4.new_code_cell(given, metadata={"tags": ["parameters"]}, id="0")
+    path = study / "notebooks" / "04_omni.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
+    run(["study.yaml", "omni.yaml"], "out", "cpu", "notebooks")
+    assert instant == ["00", "01", "04"]
+
+
 def test_two_recipes_of_one_name(study, instant):
     with pytest.raises(ValueError, match="the name 'study' is study.yaml's too"):
         run(["study.yaml", "study.yaml"], "out", "cpu", "notebooks")
