@@ -189,10 +189,15 @@ class OmniForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
 
     def prepare_inputs_for_generation(
-        self, input_ids, modality_inputs=None, is_first_iteration=False, **kwargs
+        self,
+        input_ids,
+        modality_inputs=None,
+        inputs_embeds=None,
+        is_first_iteration=False,
+        **kwargs,
     ):
         inputs = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, **kwargs
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         first = is_first_iteration or not kwargs.get("use_cache", True)
         return inputs | {"modality_inputs": modality_inputs if first else None}

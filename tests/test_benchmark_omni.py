@@ -8,7 +8,7 @@ import torch
 from transformers import AutoProcessor, AutoTokenizer
 
 from optmerge_core.benchmark import omni_training
-from optmerge_core.benchmark.clips import FRAMES, clip, questions, told
+from optmerge_core.benchmark.clips import FRAMES, NEEDS, clip, questions, told
 from optmerge_core.benchmark.omni_data import (
     Clips,
     Described,
@@ -17,6 +17,7 @@ from optmerge_core.benchmark.omni_data import (
     patch_labels,
     text_batch,
 )
+from optmerge_core.benchmark.omni_evaluation import OmniEvaluator, draw_questions
 from optmerge_core.benchmark.omni_models import (
     FEATURES,
     MODALITIES,
@@ -31,7 +32,15 @@ from optmerge_core.benchmark.omni_models import (
     prompt,
 )
 from optmerge_core.benchmark.scenes import COLORS
-from optmerge_core.omni import OmniForConditionalGeneration, compose
+from optmerge_core.checkpoints import open_checkpoint
+from optmerge_core.omni import (
+    LanguageModel,
+    OmniForConditionalGeneration,
+    compose,
+    open_specialist,
+)
+from optmerge_core.online import naive_weights, route
+from optmerge_core.parameters import mergeable
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +151,9 @@ def test_what_is_built_is_shipped_as_the_hub_has_it(built):
     adapter = json.loads((built / "seed1/video/adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == "../../specialists/video"
     assert adapter["modules_to_save"] == ["multi_modal_projector"]
+    text = json.loads((built / "seed1/decoupled/video/text/adapter_config.json").read_text())
+    assert text["base_model_name_or_path"] == "../../../../specialists/video"
+    assert text["modules_to_save"] is None
 
 
 def test_the_stock_processors_give_the_same_inputs(built, clips, processors):
@@ -171,3 +183,54 @@ def test_the_adapters_compose(built, clips, processors, tmp_path):
     settings = {"min_new_tokens": 2, "max_new_tokens": 2, "do_sample": False}
     told_ids = model.generate(input_ids=ids["input_ids"], modality_inputs=inputs, **settings)
     assert told_ids.shape == (len(clips), ids["input_ids"].shape[1] + 2)
+
+
+def test_questions_are_drawn_evenly_and_again_the_same():
+    items = draw_questions("test", 3)
+    assert [kind for *_, kind in items] == [kind for kind in NEEDS for _ in range(3)]
+    for item, question, answer, kind in items:
+        assert (question, answer, kind) in questions(item)
+    again = draw_questions("test", 3)
+    assert [row[1:] for row in again] == [row[1:] for row in items]
+    other = draw_questions("validation", 3)
+    assert any(a[0].sound[0] != b[0].sound[0] for a, b in zip(items, other, strict=True))
+
+
+def test_the_evaluator_answers_as_the_model_does(built, processors, tmp_path):
+    specialists = {m: built / "seed1" / m for m in MODALITIES}
+    folder = compose(built / "language_model", specialists, tmp_path / "omni")
+    items = draw_questions("test", 1)
+    evaluator = OmniEvaluator(folder, items, ["audio", "video"])
+    table = evaluator.answer()
+    assert list(table["kind"]) == list(NEEDS)
+    assert (table["correct"] == (table["prediction"] == table["answer"])).all()
+    model = OmniForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(prompt(items[4][1], ["audio", "video"]), return_tensors="pt")["input_ids"]
+    inputs = modality_inputs([items[4][0]], ["audio", "video"], *processors)
+    tokens = model.generate(
+        input_ids=ids, modality_inputs=inputs, max_new_tokens=4, do_sample=False
+    )
+    said = tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    assert table["prediction"][4] == said
+
+
+def test_weights_replaced_and_routed_give_the_same_answers(built, tmp_path):
+    """All kinds of token through one merge, and the merge itself; then the folder's own again."""
+    folder = tmp_path / "omni"
+    specialists = {m: built / "seed1" / m for m in MODALITIES}
+    base = LanguageModel(open_checkpoint(built / "language_model"))
+    compose(built / "language_model", specialists, folder, method="task_arithmetic")
+    evaluator = OmniEvaluator(folder, draw_questions("test", 2))
+    before = evaluator.answer()
+    names = mergeable({n: base.shape(n) for n in base}, "llama")
+    noise = {n: base[n].float() + 0.1 * torch.randn(base.shape(n)) for n in names}
+    changed = evaluator.answer(noise)
+    assert not changed["prediction"].equals(before["prediction"])
+    assert evaluator.answer().equals(before)
+    route(evaluator.model, {kind: noise for kind in ("text", *MODALITIES)})
+    assert evaluator.answer().equals(changed)
+    opened = {m: open_specialist(path).language_model for m, path in specialists.items()}
+    own = {m: {n: lm[n].float() for n in names} for m, lm in opened.items()}
+    route(evaluator.model, naive_weights(own))
+    assert not evaluator.answer().equals(changed)

@@ -73,16 +73,19 @@ class OmniEvaluator:
                 ids = self.tokenizer([texts[i] for i in part], return_tensors="pt")["input_ids"]
                 inputs = modality_inputs([items[i][0] for i in part], modalities, *processors)
                 with torch.inference_mode():
-                    self.batches.append((part, ids, self.model.embed(ids, inputs)))
+                    embeddings = self.model.embed(ids, inputs)
+                self.batches.append((part, ids, embeddings, self.model.token_kinds))
 
     @torch.inference_mode()
     def answer(self, weights=None):
         """Greedy answers with `weights` (the language model's own names) over the folder's."""
         for name, parameter in self.model.language_model.named_parameters():
             full = f"model.{name}"
-            parameter.copy_((weights or {}).get(full, self.base[full]))
+            if full in self.base:  # not where `online.route` has put other layers
+                parameter.copy_((weights or {}).get(full, self.base[full]))
         predictions = np.empty(len(self.table), dtype=object)
-        for rows, ids, embeddings in self.batches:
+        for rows, ids, embeddings, kinds in self.batches:
+            self.model.token_kinds = kinds
             tokens = self.model.generate(
                 inputs_embeds=embeddings,
                 attention_mask=torch.ones_like(ids),
