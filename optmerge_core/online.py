@@ -43,9 +43,8 @@ def route(
     """Give every kind of token its own linear layers, in place; returns the model.
 
     weights: "text" and each of the model's modalities -> parameter name -> weight; names as in the
-    language model's checkpoint ("model.layers.0.mlp.up_proj.weight"), the same for all kinds. For
-    NaiveMC the text's weights are the specialists' mean and a modality's those of its specialist;
-    for DAMC each specialist trains both and the text's are the mean of theirs.
+    language model's checkpoint ("model.layers.0.mlp.up_proj.weight"), the same for all kinds;
+    `online_weights` makes them.
 
     Raises ValueError where a kind, a parameter or a shape does not fit.
     """
@@ -73,10 +72,15 @@ def route(
     return model
 
 
-def naive_weights(
+def online_weights(
     specialists: Mapping[str, Mapping[str, Tensor]],
+    text: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> dict[str, dict[str, Tensor]]:
-    """NaiveMC: a modality's tokens keep their specialist's weights, text has the mean of all."""
-    first = next(iter(specialists.values()))
-    mean = {n: torch.stack([own[n] for own in specialists.values()]).mean(0) for n in first}
+    """What `route` takes: a modality's tokens keep their specialist's weights, text has a mean.
+
+    specialists: modality -> parameter name -> weight. text: the same for weights that specialists
+    trained for text alone (DAMC); without it, text has the mean of the specialists (NaiveMC).
+    """
+    common = list((text or specialists).values())
+    mean = {n: torch.stack([weights[n] for weights in common]).mean(0) for n in common[0]}
     return {TEXT: mean, **specialists}

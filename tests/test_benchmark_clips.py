@@ -107,5 +107,7 @@ def test_answers_by_hand():
     assert answers["does the moving thing sound ?"] == "yes"
     assert answers["how high is the moving thing ?"] == item.mover.pitch
     assert answers["what color is the still sound ?"] == still.body.color
-    assert told(item, "video") == f"{item.mover.body.shape} {item.mover.way}"
-    assert told(item, "audio").startswith(f"{first.pitch} {first.body.shape} , ")
+    assert told(item, "video") == f"{item.mover.body.shape}-{item.mover.way}"
+    assert told(item, "audio").startswith(f"{first.pitch}-{first.body.shape} ")
+    seen, body = told(item, "vision").split()[0], item.things[0].body
+    assert seen == f"{body.color}-{body.shape}-{body.place.replace(' ', '-')}"

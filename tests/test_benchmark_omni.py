@@ -3,21 +3,26 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from transformers import AutoProcessor, AutoTokenizer
 
-from optmerge_core.benchmark import omni_training
+from optmerge_core import load_recipe
+from optmerge_core.benchmark import omni_seeds, omni_training
 from optmerge_core.benchmark.clips import FRAMES, NEEDS, clip, questions, told
 from optmerge_core.benchmark.omni_data import (
+    TURNS,
     Clips,
     Described,
     Perceived,
+    conversation,
     moment_labels,
     patch_labels,
+    prompts,
     text_batch,
 )
-from optmerge_core.benchmark.omni_evaluation import OmniEvaluator, draw_questions
+from optmerge_core.benchmark.omni_evaluation import OmniEvaluator, accuracies, draw_questions
 from optmerge_core.benchmark.omni_models import (
     FEATURES,
     MODALITIES,
@@ -39,7 +44,7 @@ from optmerge_core.omni import (
     compose,
     open_specialist,
 )
-from optmerge_core.online import naive_weights, route
+from optmerge_core.online import online_weights, route
 from optmerge_core.parameters import mergeable
 
 
@@ -60,6 +65,7 @@ def built(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("LANGUAGE", "TOWERS", "SPECIALIST"):
             few = getattr(omni_training, name) | {"steps": 2, "batch": 8, "workers": 0}
+            few |= {"first": 1} if name == "LANGUAGE" else {}
             patch.setattr(omni_training, name, few)
         omni_training.build(folder, seeds=(1,))
     return folder
@@ -89,11 +95,20 @@ def test_there_is_a_placeholder_for_every_feature(clips, processors, modality):
     assert not torch.allclose(logits[0, -1], logits[1, -1])  # other clips, other answers
 
 
+def first_turn(ids, labels):
+    """The tokens of a conversation up to its first answer's end."""
+    end = (labels >= 0).long().argmax() + 1
+    while end < len(labels) and labels[end] >= 0:
+        end += 1
+    return ids[:end], labels[:end]
+
+
 def test_a_described_clip_holds_what_its_question_needs():
     """Of the described modalities alone the answer follows; nothing else is asked."""
     tokenizer, data = build_tokenizer(), Clips(40, seed=3)
     batch = Described(tokenizer)([data[i] for i in range(40)])
-    for i, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
+    for i, row in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
+        ids, labels = first_turn(*row)
         item = data[i][0]
         text = tokenizer.decode(ids[labels == -100], skip_special_tokens=True)
         answer = tokenizer.decode(labels[labels >= 0], skip_special_tokens=True).strip()
@@ -109,7 +124,8 @@ def test_a_described_clip_holds_what_its_question_needs():
 def test_a_specialist_is_asked_about_its_modality_alone(processors, modality):
     data, tokenizer = Clips(16, seed=4), build_tokenizer(modality)
     batch = Perceived(modality, tokenizer, *processors)([data[i] for i in range(16)])
-    for i, labels in enumerate(batch["labels"]):
+    for i, row in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
+        _, labels = first_turn(*row)
         item = data[i][0]
         answer = tokenizer.decode(labels[labels >= 0], skip_special_tokens=True).strip()
         possible = {a for _, a, k in questions(item) if answerable(k, [modality])}
@@ -118,14 +134,33 @@ def test_a_specialist_is_asked_about_its_modality_alone(processors, modality):
 
 def test_text_batch_by_hand():
     tokenizer = build_tokenizer()
-    rows = [("USER: what moves ? ASSISTANT:", "circle"), ("USER: ASSISTANT:", "2")]
-    batch = text_batch(tokenizer, rows)
+    asked = ("USER: what moves ? ASSISTANT:", "circle")
+    batch = text_batch(tokenizer, [[asked], [("USER: ASSISTANT:", "2")]])
     assert batch["labels"][0, -2:].tolist() == [
         *tokenizer(" circle")["input_ids"],
         tokenizer.eos_token_id,
     ]
     assert (batch["labels"] >= 0).sum(1).tolist() == [2, 2]
     assert batch["input_ids"][1, -1] == tokenizer.pad_token_id
+    twice = text_batch(tokenizer, [[asked, asked]])
+    for name, tensor in twice.items():
+        assert torch.equal(tensor[0], batch[name][0].repeat(2))
+
+
+def test_a_conversation_asks_each_kind_once(clips):
+    lengths = set()
+    for i, item in enumerate(clips * 8):
+        turns = conversation(item, np.random.default_rng(i), ["vision", "audio"])
+        lengths.add(len(turns))
+        known = {(q, a): kind for q, a, kind in questions(item)}
+        kinds = [known[turn] for turn in turns if turn in known]
+        assert len(set(kinds)) == len(kinds) >= len(turns) - 1
+        assert all(answerable(kind, ["vision", "audio"]) for kind in kinds)
+        texts = prompts(turns, ["audio"])
+        assert [PLACEHOLDERS["audio"] in text for text, _ in texts] == [
+            True, *[False] * (len(turns) - 1)
+        ]  # fmt: skip
+    assert {1, TURNS} <= lengths <= set(range(1, TURNS + 2))
 
 
 def test_labels_say_what_is_in_each_patch_and_moment(clips):
@@ -232,5 +267,41 @@ def test_weights_replaced_and_routed_give_the_same_answers(built, tmp_path):
     assert evaluator.answer().equals(changed)
     opened = {m: open_specialist(path).language_model for m, path in specialists.items()}
     own = {m: {n: lm[n].float() for n in names} for m, lm in opened.items()}
-    route(evaluator.model, naive_weights(own))
+    route(evaluator.model, online_weights(own))
     assert not evaluator.answer().equals(changed)
+
+
+def test_accuracies_by_hand():
+    rows = [(kind, kind in ("color", "shape", "moving sound")) for kind in NEEDS]
+    answers = pd.DataFrame(rows, columns=["kind", "correct"])
+    found = accuracies(answers)
+    assert found["color"] == found["moving sound"] == 100 and found["way"] == 0
+    alone = sum(len(needs) == 1 for needs in NEEDS.values())
+    assert found["one modality"] == pytest.approx(200 / alone)
+    assert found["several"] == pytest.approx(100 / (len(NEEDS) - alone))
+    assert found["Avg"] == pytest.approx(300 / len(NEEDS))
+
+
+def test_the_study_has_a_row_for_every_model(built, monkeypatch):
+    monkeypatch.setattr(omni_seeds, "MERGES", ["weight_average", "tsv"])
+    study = load_recipe("data/recipes/omni.yaml")
+    few = {"base_model": str(built / "language_model"), "scaling_coefficients": [1.0]}
+    specialists = {m: str(built / "seed1" / m) for m in MODALITIES}
+    decoupled = {m: str(built / "seed1" / "decoupled" / m) for m in MODALITIES}
+    items = draw_questions("test", 1)
+    table = omni_seeds.evaluate(study.model_copy(update=few), specialists, decoupled, items, items)
+    models = {*MODALITIES, "base_model", "weight_average", "tsv", "naive_mc", "damc"}
+    assert set(table.index) == models
+    assert list(table.columns) == [*NEEDS, "one modality", "several", "Avg"]
+    without = omni_seeds.evaluate(study.model_copy(update=few), specialists, {}, items, items)
+    assert set(without.index) == models - {"damc"}
+    pd.testing.assert_frame_equal(without, table.loc[without.index])
+
+
+def test_the_shipped_scores_have_three_seeds():
+    table = pd.read_csv("data/benchmark/omni/seeds.csv", index_col=["seed", "model"])
+    for seed in omni_training.SEEDS:
+        models = {*MODALITIES, "base_model", *omni_seeds.MERGES, "naive_mc"}
+        assert models <= set(table.loc[seed].index)
+    average = table[list(NEEDS)].mean(axis=1)
+    pd.testing.assert_series_equal(average, table["Avg"], check_names=False, atol=1e-3)

@@ -13,6 +13,7 @@ EXPECTED = {
     "01_task_vectors",
     "02_noise_analysis",
     "03_merging",
+    "04_omni_composition",
     "05_evaluation",
     "06_when_merging_works",
 }
@@ -86,8 +87,9 @@ def test_one_cell_of_parameters_with_the_contract(path):
         assert defaults["figure_dirs"] == ["../figures/internvl", "../figures/qwen2_vl"]
         assert defaults["output_dir"] == "../figures/comparison"
     else:
-        assert defaults["recipe"] == "../data/recipes/internvl.yaml"
-        assert defaults["output_dir"] == "../figures/internvl"
+        study = "omni" if "omni" in path.stem else "internvl"
+        assert defaults["recipe"] == f"../data/recipes/{study}.yaml"
+        assert defaults["output_dir"] == f"../figures/{study}"
     assert defaults["device"] == "auto"
 
 

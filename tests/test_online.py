@@ -14,7 +14,7 @@ from optmerge_core.omni import (
     compose,
     open_specialist,
 )
-from optmerge_core.online import RoutedLinear, naive_weights, route
+from optmerge_core.online import RoutedLinear, online_weights, route
 from optmerge_core.parameters import mergeable
 
 
@@ -67,10 +67,18 @@ def test_equal_weights_for_all_kinds_are_the_model_itself(family, omni, weights)
     ids = prompt(*family.inputs)
     given = {"input_ids": ids, "modality_inputs": family.inputs}
     before = omni(**given).logits, omni.generate(**given, max_new_tokens=4, do_sample=False)
-    mean = naive_weights(specialists_of(weights))["text"]
+    mean = online_weights(specialists_of(weights))["text"]
     route(omni, {kind: mean for kind in ("text", *family.inputs)})
     torch.testing.assert_close(omni(**given).logits, before[0], atol=1e-5, rtol=0)
     assert torch.equal(omni.generate(**given, max_new_tokens=4, do_sample=False), before[1])
+
+
+def test_online_weights_by_hand():
+    own = {"vision": {"w": torch.tensor([1.0])}, "audio": {"w": torch.tensor([3.0])}}
+    naive = online_weights(own)
+    assert naive == {"text": {"w": torch.tensor([2.0])}, **own}
+    text = {"vision": {"w": torch.tensor([10.0])}, "audio": {"w": torch.tensor([20.0])}}
+    assert online_weights(own, text) == {"text": {"w": torch.tensor([15.0])}, **own}
 
 
 @torch.no_grad()
@@ -87,7 +95,7 @@ def test_averaged_outputs_are_averaged_weights(weights):
 def test_naive_composition_of_one_specialist_is_itself(family, tmp_path, weights, modality):
     compose(family.base, {modality: family.folders[modality]}, tmp_path / "one")
     model = OmniForConditionalGeneration.from_pretrained(tmp_path / "one").eval()
-    route(model, naive_weights({modality: weights[modality]}))
+    route(model, online_weights({modality: weights[modality]}))
     ids, inputs = prompt(modality, ids=(WORDS, WORDS, WORDS + 1)), family.inputs[modality]
     expected = family.models[modality](input_ids=ids, **inputs).logits
     logits = model(input_ids=ids, modality_inputs={modality: inputs}).logits
@@ -96,7 +104,7 @@ def test_naive_composition_of_one_specialist_is_itself(family, tmp_path, weights
 
 @torch.no_grad()
 def test_generation_with_and_without_a_cache_agree(family, omni, weights):
-    route(omni, naive_weights(specialists_of(weights)))
+    route(omni, online_weights(specialists_of(weights)))
     given = {"input_ids": prompt(*family.inputs), "modality_inputs": family.inputs}
     given |= {"suppress_tokens": [WORDS, WORDS + 1, WORDS + 2]}  # random weights say anything
     answers = [
@@ -138,7 +146,7 @@ def test_an_adapter_for_features_and_one_for_text(family, tmp_path, weights):
 
 
 def test_what_does_not_fit_is_refused(omni, weights):
-    every = naive_weights(specialists_of(weights))
+    every = online_weights(specialists_of(weights))
     with pytest.raises(
         ValueError, match="weights for text, vision; needed: text, audio, video, vision"
     ):

@@ -137,12 +137,17 @@ def clip(rng):
 
 
 def told(clip, modality):
-    """What a modality has to tell, in words: what the language model learns to reason with."""
+    """What a modality has to tell, in words: what the language model learns to reason with.
+
+    All about one thing is one word, as one feature of a tower tells all about its patch or moment.
+    """
     if modality == "vision":
-        return " , ".join(f"{t.body.name} {t.body.place}" for t in clip.things)
-    if modality == "audio":
-        return " , ".join(f"{t.pitch} {t.body.shape}" for t in clip.notes)
-    return f"{clip.mover.body.shape} {clip.mover.way}"
+        things = [(t.body.color, t.body.shape, t.body.place) for t in clip.things]
+    elif modality == "audio":
+        things = [(t.pitch, t.body.shape) for t in clip.notes]
+    else:
+        things = [(clip.mover.body.shape, clip.mover.way)]
+    return " ".join("-".join(thing).replace(" ", "-") for thing in things)
 
 
 def questions(clip):

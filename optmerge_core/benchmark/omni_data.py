@@ -20,6 +20,7 @@ from .omni_models import (
 from .scenes import COLORS, IMAGE_SIZE
 
 CAPTION = "describe the clip"
+TURNS = 6  # questions about one clip at most, one after the other
 
 
 class Clips(Dataset):
@@ -36,51 +37,63 @@ class Clips(Dataset):
         return clip(rng), rng
 
 
-def turn(item, rng, modalities):
-    """A question that these modalities answer, kinds drawn evenly; a caption now and then."""
-    if rng.random() < 0.2:
-        return CAPTION, describe(item, modalities)
+def conversation(item, rng, modalities):
+    """One to TURNS (question, answer) that these modalities answer, kinds drawn evenly."""
     asked = [q for q in questions(item) if answerable(q[2], modalities)]
     kinds = sorted({kind for _, _, kind in asked})
-    kind = kinds[int(rng.integers(len(kinds)))]
-    asked = [q for q in asked if q[2] == kind]
-    return asked[int(rng.integers(len(asked)))][:2]
+    turns = [(CAPTION, describe(item, modalities))] if rng.random() < 0.2 else []
+    for kind in rng.permutation(kinds)[: int(rng.integers(1, TURNS + 1))]:
+        same = [q for q in asked if q[2] == kind]
+        turns.append(same[int(rng.integers(len(same)))][:2])
+    return [turns[i] for i in rng.permutation(len(turns))]
 
 
 def text_batch(tokenizer, rows):
-    """(prompt, answer) pairs -> input_ids and labels (b, t), padded right."""
-    pairs = [
-        (tokenizer(p)["input_ids"], tokenizer(f" {a}")["input_ids"] + [tokenizer.eos_token_id])
-        for p, a in rows
-    ]
-    width = max(len(p) + len(a) for p, a in pairs)
-    ids = torch.full((len(pairs), width), tokenizer.pad_token_id)
-    labels = torch.full((len(pairs), width), -100)
-    for i, (p, a) in enumerate(pairs):
-        ids[i, : len(p) + len(a)] = torch.tensor(p + a)
-        labels[i, len(p) : len(p) + len(a)] = torch.tensor(a)
+    """Conversations, lists of (prompt, answer) -> input_ids and labels (b, t), padded right."""
+    sequences = []
+    for row in rows:
+        ids, labels = [], []
+        for text, answer in row:
+            asked = tokenizer(text)["input_ids"]
+            said = [*tokenizer(f" {answer}")["input_ids"], tokenizer.eos_token_id]
+            ids += asked + said
+            labels += [-100] * len(asked) + said
+        sequences.append((ids, labels))
+    width = max(len(ids) for ids, _ in sequences)
+    ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+    labels = torch.full((len(rows), width), -100)
+    for i, (own, wanted) in enumerate(sequences):
+        ids[i, : len(own)] = torch.tensor(own)
+        labels[i, : len(own)] = torch.tensor(wanted)
     return {"input_ids": ids, "labels": labels}
+
+
+def prompts(turns, modalities=(), description=""):
+    """The turns as (prompt, answer); what there is to see or hear stands in the first."""
+    first = [(prompt(turns[0][0], modalities, description), turns[0][1])]
+    return first + [(prompt(question), answer) for question, answer in turns[1:]]
 
 
 @dataclass(frozen=True)
 class Described:
-    """Clips to text: some modalities in words, a question they answer."""
+    """Clips to text: some modalities in words (or those given), questions they answer."""
 
     tokenizer: object
+    given: tuple = ()
 
     def __call__(self, samples):
         rows = []
         for item, rng in samples:
-            given = [m for m in MODALITIES if rng.random() < 0.6]
+            given = self.given or [m for m in MODALITIES if rng.random() < 0.6]
             given = given or [MODALITIES[int(rng.integers(3))]]
-            question, answer = turn(item, rng, given)
-            rows.append((prompt(question, description=describe(item, given)), answer))
+            turns = conversation(item, rng, given)
+            rows.append(prompts(turns, description=describe(item, given)))
         return text_batch(self.tokenizer, rows)
 
 
 @dataclass(frozen=True)
 class Perceived:
-    """Clips to one modality's inputs and a question that it alone answers."""
+    """Clips to one modality's inputs and questions that it alone answers."""
 
     modality: str
     tokenizer: object
@@ -88,12 +101,10 @@ class Perceived:
     sounds: object
 
     def __call__(self, samples):
-        rows = []
-        for item, rng in samples:
-            question, answer = turn(item, rng, [self.modality])
-            rows.append((prompt(question, [self.modality]), answer))
+        own = [self.modality]
+        rows = [prompts(conversation(item, rng, own), own) for item, rng in samples]
         clips = [item for item, _ in samples]
-        inputs = modality_inputs(clips, [self.modality], self.images, self.sounds)[self.modality]
+        inputs = modality_inputs(clips, own, self.images, self.sounds)[self.modality]
         batch = text_batch(self.tokenizer, rows)
         mask = torch.ones_like(batch["input_ids"])
         return batch | {"attention_mask": mask} | inputs

@@ -42,6 +42,21 @@ def draw_questions(split, count):
     return [row for rows in found.values() for row in rows]
 
 
+def accuracies(answers):
+    """Per cent for each kind of question, and averages over kinds.
+
+    A Series indexed by kind, then "one modality" (kinds that need one), "several" and "Avg".
+    """
+    kinds = 100 * answers.groupby("kind")["correct"].mean().reindex(list(NEEDS))
+    alone = [kind for kind, needs in NEEDS.items() if len(needs) == 1]
+    averages = {
+        "one modality": kinds[alone].mean(),
+        "several": kinds.drop(alone).mean(),
+        "Avg": kinds.mean(),
+    }
+    return pd.concat([kinds, pd.Series(averages)])
+
+
 class OmniEvaluator:
     """Answers questions with an Omni model, its language model's weights replaced at will.
 

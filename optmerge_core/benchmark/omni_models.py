@@ -32,7 +32,7 @@ PLACEHOLDERS = {"vision": "<image>", "audio": "<|AUDIO|>", "video": "<video>"}
 PATCHES = (IMAGE_SIZE // PATCH) ** 2
 FEATURES = {"vision": PATCHES, "audio": 25, "video": FRAMES * (PATCHES + 1)}
 """Features, and so placeholder tokens, of one clip: the video tower keeps its class token."""
-PIECES = r" ?[A-Za-z]+:?| ?[0-9]| ?[^\sA-Za-z0-9]"
+PIECES = r" ?[A-Za-z]+(?:-[A-Za-z]+)*:?| ?[0-9]| ?[^\sA-Za-z0-9]"
 HIDDEN, MELS = 128, 40
 
 
@@ -96,9 +96,16 @@ def text_settings(tokenizer):
 
 
 def build_language_model(tokenizer, seed=0):
+    """A Llama with random weights; a word with hyphens starts as the sum of its parts."""
     torch.manual_seed(seed)
     settings = {k: v for k, v in text_settings(tokenizer).items() if k != "model_type"}
-    return LlamaForCausalLM(LlamaConfig(**settings))
+    model = LlamaForCausalLM(LlamaConfig(**settings))
+    vocabulary, rows = tokenizer.get_vocab(), model.model.embed_tokens.weight.data
+    for word, number in vocabulary.items():
+        parts = word.removeprefix("Ġ").split("-")
+        if len(parts) > 1:
+            rows[number] = sum(rows[vocabulary[f"Ġ{part}"]] for part in parts)
+    return model
 
 
 VISION = {

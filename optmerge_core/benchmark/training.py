@@ -256,7 +256,7 @@ def write_log(folder, settings, losses, started):
     """<folder>.json: settings, samples, a hundredth of the losses, seconds since `started`."""
     every = len(losses) // 100 or 1
     log = settings | {
-        "samples": 64 * len(losses),
+        "samples": settings.get("batch", 64) * len(losses),
         "seconds": round(time.perf_counter() - started, 1),
         "loss_every": every,
         "loss": [
