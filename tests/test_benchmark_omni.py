@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 from optmerge_core import load_recipe
 from optmerge_core.benchmark import omni_seeds, omni_training
@@ -22,7 +22,12 @@ from optmerge_core.benchmark.omni_data import (
     prompts,
     text_batch,
 )
-from optmerge_core.benchmark.omni_evaluation import OmniEvaluator, accuracies, draw_questions
+from optmerge_core.benchmark.omni_evaluation import (
+    OmniEvaluator,
+    accuracies,
+    answer_described,
+    draw_questions,
+)
 from optmerge_core.benchmark.omni_models import (
     FEATURES,
     MODALITIES,
@@ -63,10 +68,12 @@ def built(tmp_path_factory):
     """Everything that `build` makes, after two steps of each training."""
     folder = tmp_path_factory.mktemp("omni_benchmark")
     with pytest.MonkeyPatch.context() as patch:
+        rounds = [(1, omni_training.SEEN), (1, omni_training.ALL)]
         for name in ("LANGUAGE", "TOWERS", "SPECIALIST"):
-            few = getattr(omni_training, name) | {"steps": 2, "batch": 8, "workers": 0}
-            few |= {"first": 1} if name == "LANGUAGE" else {}
+            few = getattr(omni_training, name) | {"batch": 8, "workers": 0}
+            few |= {"LANGUAGE": {"rounds": rounds}, "TOWERS": {"steps": 2}}.get(name, {})
             patch.setattr(omni_training, name, few)
+        patch.setattr(omni_training, "STEPS", dict.fromkeys(MODALITIES, 2))
         omni_training.build(folder, seeds=(1,))
     return folder
 
@@ -269,6 +276,20 @@ def test_weights_replaced_and_routed_give_the_same_answers(built, tmp_path):
     own = {m: {n: lm[n].float() for n in names} for m, lm in opened.items()}
     route(evaluator.model, online_weights(own))
     assert not evaluator.answer().equals(changed)
+
+
+def test_a_described_clip_is_answered_as_the_language_model_does(built):
+    items = draw_questions("test", 2)
+    table = answer_described(built / "language_model", items, batch_size=3)
+    tokenizer = AutoTokenizer.from_pretrained(built / "language_model")
+    model = AutoModelForCausalLM.from_pretrained(built / "language_model", dtype=torch.float32)
+    item, question, _, kind = items[-1]
+    text = prompt(question, description=describe(item, NEEDS[kind]))
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    tokens = model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
+    said = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    assert table["prediction"].iloc[-1] == said
+    assert (table["correct"] == (table["prediction"] == table["answer"])).all()
 
 
 def test_accuracies_by_hand():

@@ -76,15 +76,16 @@ def prompts(turns, modalities=(), description=""):
 
 @dataclass(frozen=True)
 class Described:
-    """Clips to text: some modalities in words (or those given), questions they answer."""
+    """Clips to text: each modality in words with its probability, questions they answer."""
 
     tokenizer: object
-    given: tuple = ()
+    shares: tuple = (0.6, 0.6, 0.6)
 
     def __call__(self, samples):
         rows = []
         for item, rng in samples:
-            given = self.given or [m for m in MODALITIES if rng.random() < 0.6]
+            chosen = zip(MODALITIES, self.shares, strict=True)
+            given = [m for m, share in chosen if rng.random() < share]
             given = given or [MODALITIES[int(rng.integers(3))]]
             turns = conversation(item, rng, given)
             rows.append(prompts(turns, description=describe(item, given)))

@@ -9,13 +9,14 @@ from collections import defaultdict
 import numpy as np
 import pandas as pd
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optmerge_core.omni import OmniForConditionalGeneration
 
 from .clips import NEEDS, clip, questions
 from .omni_models import (
     MODALITIES,
+    describe,
     feature_extractor,
     image_processor,
     modality_inputs,
@@ -57,6 +58,43 @@ def accuracies(answers):
     return pd.concat([kinds, pd.Series(averages)])
 
 
+def table_of(items):
+    """A row for each item; `correct` once there are predictions."""
+    rows = [(question, answer, kind) for _, question, answer, kind in items]
+    return pd.DataFrame(rows, columns=["question", "answer", "kind"])
+
+
+def judged(table, predictions):
+    table = table.assign(prediction=predictions)
+    return table.assign(correct=table["prediction"] == table["answer"])
+
+
+def by_length(tokenizer, texts, batch_size):
+    """(indices, token numbers) of texts of one length each, so that nothing is padded."""
+    groups = defaultdict(list)
+    for index, ids in enumerate(tokenizer(texts)["input_ids"]):
+        groups[len(ids)].append(index)
+    for rows in groups.values():
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            yield part, tokenizer([texts[i] for i in part], return_tensors="pt")["input_ids"]
+
+
+@torch.inference_mode()
+def answer_described(folder, items, batch_size=100):
+    """What a language model answers when the clip is described to it, with all a question needs."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = [prompt(q, description=describe(clip, NEEDS[kind])) for clip, q, _, kind in items]
+    predictions = np.empty(len(items), dtype=object)
+    for rows, ids in by_length(tokenizer, texts, batch_size):
+        mask = torch.ones_like(ids)
+        tokens = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+        said = tokenizer.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=True)
+        predictions[rows] = [text.strip() for text in said]
+    return judged(table_of(items), predictions)
+
+
 class OmniEvaluator:
     """Answers questions with an Omni model, its language model's weights replaced at will.
 
@@ -72,24 +110,15 @@ class OmniEvaluator:
             f"model.{n}": p.detach().clone()
             for n, p in self.model.language_model.named_parameters()
         }
-        self.table = pd.DataFrame(
-            [(question, answer, kind) for _, question, answer, kind in items],
-            columns=["question", "answer", "kind"],
-        )
+        self.table = table_of(items)
         texts = [prompt(question, modalities) for question in self.table["question"]]
-        groups = defaultdict(list)
-        for index, ids in enumerate(self.tokenizer(texts)["input_ids"]):
-            groups[len(ids)].append(index)
-        self.batches = []
         processors = image_processor(), feature_extractor()
-        for rows in groups.values():
-            for start in range(0, len(rows), batch_size):
-                part = rows[start : start + batch_size]
-                ids = self.tokenizer([texts[i] for i in part], return_tensors="pt")["input_ids"]
-                inputs = modality_inputs([items[i][0] for i in part], modalities, *processors)
-                with torch.inference_mode():
-                    embeddings = self.model.embed(ids, inputs)
-                self.batches.append((part, ids, embeddings, self.model.token_kinds))
+        self.batches = []
+        for rows, ids in by_length(self.tokenizer, texts, batch_size):
+            inputs = modality_inputs([items[i][0] for i in rows], modalities, *processors)
+            with torch.inference_mode():
+                embeddings = self.model.embed(ids, inputs)
+            self.batches.append((rows, ids, embeddings, self.model.token_kinds))
 
     @torch.inference_mode()
     def answer(self, weights=None):
@@ -109,5 +138,4 @@ class OmniEvaluator:
             )
             texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
             predictions[rows] = [text.strip() for text in texts]
-        table = self.table.assign(prediction=predictions)
-        return table.assign(correct=table["prediction"] == table["answer"])
+        return judged(self.table, predictions)

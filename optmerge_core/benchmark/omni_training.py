@@ -8,7 +8,7 @@ modality only; no training example ever has two.
 
 import argparse
 import time
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,10 +36,13 @@ from .omni_models import (
 from .scenes import COLORS
 from .training import save, train, write_log
 
-LANGUAGE = {"learning_rate": 2e-3, "steps": 3000, "first": 600, "seed": 200, "batch": 32}
+SEEN, ALL = (1.0, 0.0, 0.0), (0.6, 0.6, 0.6)
+ROUNDS = [(600, SEEN), (2400, ALL), (2400, ALL), (2400, (0.8, 0.8, 0.8))]
+LANGUAGE = {"learning_rate": 2e-3, "rounds": ROUNDS, "seed": 200, "batch": 32}
 TOWERS = {"learning_rate": 2e-3, "steps": 1500, "seed": 201}
 SEEDS = (1, 11, 21)
-SPECIALIST = {"learning_rate": 2e-3, "steps": 1500, "rank": 16}
+STEPS = {"vision": 1000, "audio": 300, "video": 1600}
+SPECIALIST = {"learning_rate": 2e-3, "rank": 16, "batch": 32}
 
 
 class Probe(nn.Module):
@@ -71,17 +74,18 @@ class Probe(nn.Module):
         return SimpleNamespace(loss=loss)
 
 
-def train_language_model(*, steps, first, learning_rate, seed, batch=64, workers=1):
-    """From random weights; the `first` steps on what is seen alone.
+def train_language_model(*, rounds, learning_rate, seed, batch=64, workers=1):
+    """From random weights; the learning rate rises and falls in each of `rounds`.
 
-    Nearly all questions there ask what belongs to what, which is the slowest to be learnt.
+    A round is (steps, how probably each modality is described). The first has what is seen alone:
+    there nearly all questions ask what belongs to what, which is the slowest to be learnt.
     """
     tokenizer = build_tokenizer()
-    model = build_language_model(tokenizer, seed)
-    seen = loader(Described(tokenizer, ("vision",)), first, seed, batch, workers)
-    rest = loader(Described(tokenizer), steps - first, seed + 1000, batch, workers)
-    stream = chain(seen, rest)
-    losses = train(model, stream, learning_rate=learning_rate, steps=steps, label="language model")
+    model, losses = build_language_model(tokenizer, seed), []
+    for number, (steps, shares) in enumerate(rounds):
+        stream = loader(Described(tokenizer, shares), steps, seed + 1000 * number, batch, workers)
+        settings = {"learning_rate": learning_rate, "steps": steps}
+        losses += train(model, stream, **settings, label=f"language model, round {number}")
     return model, tokenizer, losses
 
 
@@ -197,7 +201,8 @@ def build(output, seeds=SEEDS, modalities=MODALITIES):
             if folder.exists() or modality not in modalities:
                 continue
             started, number = time.perf_counter(), MODALITIES.index(modality)
-            settings = SPECIALIST | {"seed": seed + number, "decoupled": decoupled}
+            settings = SPECIALIST | {"steps": STEPS[modality], "seed": seed + number}
+            settings |= {"decoupled": decoupled}
             specialist = output / "specialists" / modality
             model, losses = train_specialist(specialist, modality, **settings)
             save(model, None, folder, specialist)
