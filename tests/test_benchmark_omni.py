@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
-from optmerge_core import load_recipe
 from optmerge_core.benchmark import omni_seeds, omni_training
 from optmerge_core.benchmark.clips import FRAMES, NEEDS, clip, questions, told
 from optmerge_core.benchmark.omni_data import (
+    CLASSES,
     TURNS,
     Clips,
     Described,
@@ -35,13 +35,13 @@ from optmerge_core.benchmark.omni_models import (
     answerable,
     build_specialist,
     build_tokenizer,
+    changes,
     describe,
     feature_extractor,
     image_processor,
     modality_inputs,
     prompt,
 )
-from optmerge_core.benchmark.scenes import COLORS
 from optmerge_core.checkpoints import open_checkpoint
 from optmerge_core.omni import (
     LanguageModel,
@@ -51,6 +51,7 @@ from optmerge_core.omni import (
 )
 from optmerge_core.online import online_weights, route
 from optmerge_core.parameters import mergeable
+from optmerge_core.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -172,16 +173,38 @@ def test_a_conversation_asks_each_kind_once(clips):
 
 def test_labels_say_what_is_in_each_patch_and_moment(clips):
     for item in clips:
-        bodies = [thing.at(FRAMES - 1) for thing in item.things]
-        color, form, offset = patch_labels(bodies)
-        assert (color > 0).sum() == (form > 0).sum() <= len(bodies)
-        assert np.abs(offset).max() <= 1.0  # a thing at the edge may stand outside
-        body = bodies[0]
-        x, y = (min(int(v // 14), 3) for v in body.center)
-        assert color[4 * y + x] - 1 in {list(COLORS).index(b.color) for b in bodies}
-        timbre, pitch = moment_labels(item)
-        order = [int(t) for i, t in enumerate(timbre) if t and (i == 0 or timbre[i - 1] != t)]
-        assert len(order) == len(item.notes) and ((timbre > 0) == (pitch > 0)).all()
+        seen = patch_labels(item, "vision")
+        there = seen["color"] > 0
+        assert 1 <= there.sum() <= len(item.things)
+        assert all(((labels > 0) == there).all() for labels in seen.values())
+        found = {
+            tuple(CLASSES[head][seen[head][patch] - 1] for head in seen)
+            for patch in np.flatnonzero(there)
+        }
+        assert found <= {(t.body.color, t.body.shape, t.at(2).place) for t in item.things}
+        moving = patch_labels(item, "video")
+        (patch,) = np.flatnonzero(moving["way"])
+        x, y = item.mover.body.center
+        assert patch == 4 * int(y // 14) + int(x // 14)
+        assert CLASSES["way"][moving["way"][patch] - 1] == item.mover.way
+        assert CLASSES["shape"][moving["shape"][patch] - 1] == item.mover.body.shape
+        heard = moment_labels(item)
+        assert ((heard["shape"] > 0) == (heard["pitch"] > 0)).all()
+        slots = heard["shape"].reshape(-1)[[4, 12, 20]]
+        names = [CLASSES["shape"][i - 1] for i in slots if i]
+        assert names == [note.body.shape for note in item.notes]
+
+
+def test_video_shows_what_changes_alone(clips):
+    """Grey where nothing moves; the mover's way is where it brightens or darkens next."""
+    for item in clips:
+        pictures = changes(item)
+        assert pictures.shape == (FRAMES - 1, 56, 56, 3) and pictures.dtype == np.uint8
+        moved = (pictures != 128).any((0, 3))
+        left, top, right, bottom = item.mover.body.box
+        rows, columns = np.nonzero(moved)
+        assert abs((rows.min() + rows.max()) / 2 - (top + bottom) / 2) <= 2
+        assert abs((columns.min() + columns.max()) / 2 - (left + right) / 2) <= 2
 
 
 def test_what_is_built_is_shipped_as_the_hub_has_it(built):
@@ -305,24 +328,16 @@ def test_accuracies_by_hand():
 
 def test_the_study_has_a_row_for_every_model(built, monkeypatch):
     monkeypatch.setattr(omni_seeds, "MERGES", ["weight_average", "tsv"])
-    study = load_recipe("data/recipes/omni.yaml")
-    few = {"base_model": str(built / "language_model"), "scaling_coefficients": [1.0]}
+    language_model = str(built / "language_model")
+    specialists = [{"name": m, "model": "set below"} for m in MODALITIES]
+    study = Recipe(base_model=language_model, models=specialists, scaling_coefficients=[1.0])
     specialists = {m: str(built / "seed1" / m) for m in MODALITIES}
     decoupled = {m: str(built / "seed1" / "decoupled" / m) for m in MODALITIES}
     items = draw_questions("test", 1)
-    table = omni_seeds.evaluate(study.model_copy(update=few), specialists, decoupled, items, items)
+    table = omni_seeds.evaluate(study, specialists, decoupled, items, items)
     models = {*MODALITIES, "base_model", "weight_average", "tsv", "naive_mc", "damc"}
     assert set(table.index) == models
     assert list(table.columns) == [*NEEDS, "one modality", "several", "Avg"]
-    without = omni_seeds.evaluate(study.model_copy(update=few), specialists, {}, items, items)
+    without = omni_seeds.evaluate(study, specialists, {}, items, items)
     assert set(without.index) == models - {"damc"}
     pd.testing.assert_frame_equal(without, table.loc[without.index])
-
-
-def test_the_shipped_scores_have_three_seeds():
-    table = pd.read_csv("data/benchmark/omni/seeds.csv", index_col=["seed", "model"])
-    for seed in omni_training.SEEDS:
-        models = {*MODALITIES, "base_model", *omni_seeds.MERGES, "naive_mc"}
-        assert models <= set(table.loc[seed].index)
-    average = table[list(NEEDS)].mean(axis=1)
-    pd.testing.assert_series_equal(average, table["Avg"], check_names=False, atol=1e-3)

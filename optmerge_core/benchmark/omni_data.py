@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .clips import FRAMES, NOTES, PITCHES, RATE, SHAPES, clip, questions
+from .clips import FRAMES, NOTES, PITCHES, RATE, SHAPES, WAYS, clip, questions
 from .omni_models import (
     FEATURES,
     MODALITIES,
@@ -19,6 +19,13 @@ from .omni_models import (
 )
 from .scenes import COLORS, IMAGE_SIZE
 
+CLASSES = {  # what the towers tell apart
+    "color": list(COLORS),
+    "shape": list(SHAPES),
+    "place": [f"{v} {h}" for v in ("top", "bottom") for h in ("left", "right")],
+    "way": list(WAYS),
+    "pitch": list(PITCHES),
+}
 CAPTION = "describe the clip"
 TURNS = 6  # questions about one clip at most, one after the other
 
@@ -111,23 +118,26 @@ class Perceived:
         return batch | {"attention_mask": mask} | inputs
 
 
-def patch_labels(shapes):
-    """What lies in each patch: colour and shape (PATCHES,) with 0 for nothing, offset (…, 2)."""
-    color, form = (np.zeros(PATCHES, dtype=np.int64) for _ in range(2))
-    offset = np.zeros((PATCHES, 2), dtype=np.float32)
+def patch_labels(item, kind):
+    """What each patch shows, 0 for nothing: head -> class (PATCHES,).
+
+    vision: colour, shape and place of the things in the still picture; video: shape and way of the
+    one that moves, where it is in the middle of the clip.
+    """
+    heads = {"vision": ("color", "shape", "place"), "video": ("shape", "way")}[kind]
+    labels = {head: np.zeros(PATCHES, dtype=np.int64) for head in heads}
     side = IMAGE_SIZE // PATCH
-    for body in shapes:
-        x, y = body.center
-        column, row = (int(np.clip(v // PATCH, 0, side - 1)) for v in (x, y))
-        place = row * side + column
-        color[place] = 1 + list(COLORS).index(body.color)
-        form[place] = 1 + SHAPES.index(body.shape)
-        offset[place] = [x / PATCH - column - 0.5, y / PATCH - row - 0.5]
-    return color, form, offset
+    for thing in item.things if kind == "vision" else [item.mover]:
+        body = thing.at(FRAMES // 2) if kind == "vision" else thing.body
+        column, row = (int(np.clip(v // PATCH, 0, side - 1)) for v in body.center)
+        found = {"color": body.color, "shape": body.shape, "place": body.place, "way": thing.way}
+        for head in heads:
+            labels[head][row * side + column] = 1 + CLASSES[head].index(found[head])
+    return labels
 
 
 def moment_labels(item):
-    """Timbre and pitch of each of the audio tower's moments, 0 for silence: (25,) each."""
+    """Shape (its timbre) and pitch in each of the audio tower's moments, 0 for silence: (25,)."""
     moments = FEATURES["audio"]
     form, pitch = (np.zeros(moments, dtype=np.int64) for _ in range(2))
     length = RATE // NOTES
@@ -136,11 +146,7 @@ def moment_labels(item):
         inside = slice(round(slot * moments / NOTES), round((slot + 1) * moments / NOTES))
         form[inside] = 1 + SHAPES.index(note.body.shape)
         pitch[inside] = 1 + list(PITCHES).index(note.pitch)
-    return form, pitch
-
-
-def stacked(arrays):
-    return torch.from_numpy(np.stack(arrays))
+    return {"shape": form, "pitch": pitch}
 
 
 @dataclass(frozen=True)
@@ -153,35 +159,20 @@ class Labelled:
 
     def __call__(self, samples):
         clips = [item for item, _ in samples]
+        inputs = modality_inputs(clips, [self.kind], self.images, self.sounds)[self.kind]
         if self.kind == "audio":
-            found = modality_inputs(clips, ["audio"], self.images, self.sounds)["audio"]
-            labels = zip(*map(moment_labels, clips), strict=True)
-            names = ("timbre", "pitch")
-            return {
-                "inputs": {"input_features": found["input_features"]},
-                "labels": {
-                    n: torch.tensor(np.stack(x)) for n, x in zip(names, labels, strict=True)
-                },
-            }
-        numbers = [int(rng.integers(FRAMES)) for _, rng in samples]
-        pixels = self.images(
-            [c.frames[n] for c, n in zip(clips, numbers, strict=True)], return_tensors="pt"
-        )
-        color, form, offset = zip(
-            *(
-                patch_labels([t.at(n) for t in c.things])
-                for c, n in zip(clips, numbers, strict=True)
-            ),
-            strict=True,
-        )
-        return {
-            "inputs": dict(pixels),
-            "labels": {
-                "color": torch.tensor(np.stack(color)),
-                "shape": torch.tensor(np.stack(form)),
-            },
-            "offset": torch.tensor(np.stack(offset)),
+            inputs = {"input_features": inputs["input_features"]}
+            labels = [moment_labels(item) for item in clips]
+        else:
+            labels = [patch_labels(item, self.kind) for item in clips]
+        if self.kind == "video":  # one change of each clip is enough
+            numbers = torch.tensor([int(rng.integers(FRAMES - 1)) for _, rng in samples])
+            every = inputs["pixel_values_videos"]
+            inputs = {"pixel_values": every[torch.arange(len(clips)), numbers]}
+        stacked = {
+            head: torch.tensor(np.stack([own[head] for own in labels])) for head in labels[0]
         }
+        return {"inputs": inputs, "labels": stacked}
 
 
 def loader(collate, steps, seed, batch, workers):

@@ -1,7 +1,9 @@
 """Tiny specialists for the Omni benchmark: stock classes on one Vicuna-style language model.
 
 Vision is LLaVA (a CLIP tower), audio Qwen2-Audio (a Whisper-style encoder), video Video-LLaVA (a
-CLIP tower that sees frame after frame), each with its own projector, all on one Llama.
+CLIP tower that sees picture after picture), each with its own projector, all on one Llama. Video is
+given what changes from one picture to the next, as two-stream networks are, so that the still image
+and the motion are different inputs.
 """
 
 import re
@@ -30,7 +32,7 @@ MODALITIES = ("vision", "audio", "video")
 PATCH = 14
 PLACEHOLDERS = {"vision": "<image>", "audio": "<|AUDIO|>", "video": "<video>"}
 PATCHES = (IMAGE_SIZE // PATCH) ** 2
-FEATURES = {"vision": PATCHES, "audio": 25, "video": FRAMES * (PATCHES + 1)}
+FEATURES = {"vision": PATCHES, "audio": 25, "video": (FRAMES - 1) * (PATCHES + 1)}
 """Features, and so placeholder tokens, of one clip: the video tower keeps its class token."""
 PIECES = r" ?[A-Za-z]+(?:-[A-Za-z]+)*:?| ?[0-9]| ?[^\sA-Za-z0-9]"
 HIDDEN, MELS = 128, 40
@@ -166,6 +168,12 @@ def feature_extractor():
     return WhisperFeatureExtractor(feature_size=MELS, sampling_rate=RATE, chunk_length=1)
 
 
+def changes(item):
+    """From each frame to the next, grey where nothing changes: uint8 (FRAMES - 1, 56, 56, 3)."""
+    frames = item.frames.astype(np.int16)
+    return (128 + (frames[1:] - frames[:-1]) // 2).astype(np.uint8)
+
+
 def modality_inputs(clips, modalities, images, sounds):
     """Clips -> what `OmniForConditionalGeneration` takes: modality -> its specialist's inputs.
 
@@ -186,8 +194,9 @@ def modality_inputs(clips, modalities, images, sounds):
             "feature_attention_mask": heard["attention_mask"],
         }
     if "video" in modalities:
-        frames = images([f for c in clips for f in c.frames], return_tensors="pt")["pixel_values"]
-        found["video"] = {"pixel_values_videos": frames.unflatten(0, (len(clips), FRAMES))}
+        pictures = [picture for c in clips for picture in changes(c)]
+        pixels = images(pictures, return_tensors="pt")["pixel_values"]
+        found["video"] = {"pixel_values_videos": pixels.unflatten(0, (len(clips), FRAMES - 1))}
     return found
 
 

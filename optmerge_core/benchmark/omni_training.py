@@ -20,9 +20,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM, LlavaProcessor, Qwen2A
 from optmerge_core.checkpoints import read_json
 from optmerge_core.omni_model import specialist_class
 
-from .clips import PITCHES, SHAPES
 from .decoupling import decouple
-from .omni_data import Described, Labelled, Perceived, loader
+from .omni_data import CLASSES, Described, Labelled, Perceived, loader
 from .omni_models import (
     MODALITIES,
     PATCH,
@@ -33,15 +32,14 @@ from .omni_models import (
     feature_extractor,
     image_processor,
 )
-from .scenes import COLORS
 from .training import save, train, write_log
 
 SEEN, ALL = (1.0, 0.0, 0.0), (0.6, 0.6, 0.6)
 ROUNDS = [(600, SEEN), (2400, ALL), (2400, ALL), (2400, (0.8, 0.8, 0.8))]
 LANGUAGE = {"learning_rate": 2e-3, "rounds": ROUNDS, "seed": 200, "batch": 32}
-TOWERS = {"learning_rate": 2e-3, "steps": 1500, "seed": 201}
+TOWERS = {"learning_rate": 2e-3, "steps": 1000, "seed": 201}
 SEEDS = (1, 11, 21)
-STEPS = {"vision": 1000, "audio": 300, "video": 1600}
+STEPS = {"vision": 800, "audio": 300, "video": 500}
 SPECIALIST = {"learning_rate": 2e-3, "rank": 16, "batch": 32}
 
 
@@ -61,16 +59,12 @@ class Probe(nn.Module):
             return self.tower(**inputs).last_hidden_state
         return self.tower(**inputs, output_hidden_states=True).hidden_states[-2][:, 1:]
 
-    def forward(self, inputs, labels, offset=None):
+    def forward(self, inputs, labels):
         features = self.features(inputs)
         loss = sum(
             nn.functional.cross_entropy(self.heads[name](features).flatten(0, 1), label.flatten())
             for name, label in labels.items()
         )
-        if offset is not None:
-            there = labels["color"] > 0
-            error = self.heads["offset"](features)[there] - offset[there]
-            loss = loss + 4 * error.square().mean()
         return SimpleNamespace(loss=loss)
 
 
@@ -89,20 +83,29 @@ def train_language_model(*, rounds, learning_rate, seed, batch=64, workers=1):
     return model, tokenizer, losses
 
 
-def train_tower(kind, *, steps, learning_rate, seed, batch=64, workers=1):
-    """The vision or the audio tower, from random weights; its heads are thrown away."""
-    model, _ = build_specialist(kind, seed)
-    tower = model.model.audio_tower if kind == "audio" else model.model.vision_tower
-    heads = {"timbre": 1 + len(SHAPES), "pitch": 1 + len(PITCHES)}
-    if kind == "vision":
-        heads = {"color": 1 + len(COLORS), "shape": 1 + len(SHAPES), "offset": 2}
-    width = 96
-    probe = Probe(tower, width, heads)
-    stream = loader(
-        Labelled(kind, image_processor(), feature_extractor()), steps, seed, batch, workers
-    )
-    losses = train(probe, stream, learning_rate=learning_rate, steps=steps, label=f"{kind} tower")
+HEADS = {
+    "vision": ("color", "shape", "place"),
+    "audio": ("shape", "pitch"),
+    "video": ("shape", "way"),
+}
+
+
+def train_tower(modality, *, steps, learning_rate, seed, batch=64, workers=1):
+    """A modality's tower, from random weights; its heads are thrown away."""
+    model, _ = build_specialist(modality, seed)
+    heads = {head: 1 + len(CLASSES[head]) for head in HEADS[modality]}
+    probe = Probe(tower_of(model), 96, heads)
+    collate = Labelled(modality, image_processor(), feature_extractor())
+    stream = loader(collate, steps, seed, batch, workers)
+    settings = {"learning_rate": learning_rate, "steps": steps}
+    losses = train(probe, stream, **settings, label=f"{modality} tower")
     return probe, losses
+
+
+def tower_of(model):
+    """A specialist's tower for its own modality (Video-LLaVA has a second one, for images)."""
+    towers = dict(model.model.named_children())
+    return next(towers[n] for n in ("audio_tower", "video_tower", "vision_tower") if n in towers)
 
 
 LINEAR = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
@@ -115,9 +118,7 @@ def start_specialist(modality, language_model, tower, seed=0):
     for name, tensor in language_model.model.state_dict().items():
         state[name][: len(tensor)] = tensor
     model.lm_head.weight.data[: len(language_model.lm_head.weight)] = language_model.lm_head.weight
-    towers = [n for n, _ in model.model.named_children() if n.endswith("_tower")]
-    for name in towers:
-        getattr(model.model, name).load_state_dict(tower.state_dict())
+    tower_of(model).load_state_dict(tower.state_dict())
     return model, tokenizer
 
 
@@ -133,7 +134,7 @@ def train_specialist(
     )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(seed)
-    adapter = {"r": rank, "lora_alpha": 2 * rank, "target_modules": LINEAR}
+    adapter = {"r": rank, "lora_alpha": rank // 2, "target_modules": LINEAR}
     projector = ["multi_modal_projector"]
     model = get_peft_model(model, LoraConfig(**adapter, modules_to_save=projector))
     if decoupled:
@@ -182,19 +183,17 @@ def build(output, seeds=SEEDS, modalities=MODALITIES):
         save(model, tokenizer, base)
         write_log(base, LANGUAGE, losses, started)
     language_model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
-    kinds = {"vision": ("vision", "video"), "audio": ("audio",)}
-    for kind, users in kinds.items():
-        folders = {m: output / "specialists" / m for m in users if m in modalities}
-        if all(folder.exists() for folder in folders.values()):
+    for modality in modalities:
+        folder = output / "specialists" / modality
+        if folder.exists():
             continue
         started = time.perf_counter()
-        probe, losses = train_tower(kind, **TOWERS)
-        for modality, folder in folders.items():
-            model, tokenizer = start_specialist(modality, language_model, probe.tower)
-            save(model, processor_of(modality, tokenizer), folder)
-            if modality == "video":
-                image_processor().save_pretrained(folder)
-            write_log(folder, TOWERS | {"tower": kind}, losses, started)
+        probe, losses = train_tower(modality, **TOWERS)
+        model, tokenizer = start_specialist(modality, language_model, probe.tower)
+        save(model, processor_of(modality, tokenizer), folder)
+        if modality == "video":
+            image_processor().save_pretrained(folder)
+        write_log(folder, TOWERS, losses, started)
     for seed in seeds:
         for decoupled, modality in product((False, True), MODALITIES):
             folder = output / f"seed{seed}" / ("decoupled" if decoupled else "") / modality
