@@ -168,6 +168,9 @@ def test_a_conversation_asks_each_kind_once(clips):
         assert [PLACEHOLDERS["audio"] in text for text, _ in texts] == [
             True, *[False] * (len(turns) - 1)
         ]  # fmt: skip
+        harder = conversation(item, np.random.default_rng(i), MODALITIES, least=2)
+        asked = [known[turn] for turn in harder if turn in known]
+        assert len(asked) >= len(harder) - 1 and all(len(NEEDS[kind]) > 1 for kind in asked)
     assert {1, TURNS} <= lengths <= set(range(1, TURNS + 2))
 
 

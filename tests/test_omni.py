@@ -186,6 +186,28 @@ def test_two_specialists_by_any_method(family, tmp_path, method):
 
 
 @torch.no_grad()
+def test_four_specialists(family, tmp_path):
+    """A second LLaVA, for depth, with a placeholder of its own."""
+    family.models["vision"].save_pretrained(tmp_path / "depth")
+    save_tokenizer(tmp_path / "depth", ["<depth>"])
+    four = family.folders | {"depth": tmp_path / "depth"}
+    folder = compose(family.base, four, tmp_path / "four", method="tsv")
+    model = OmniForConditionalGeneration.from_pretrained(folder).eval()
+    number = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<depth>")
+    assert number == WORDS + 3 and set(model.specialists) == set(four)
+    ids = torch.cat([prompt(*SPECIALISTS), torch.tensor([[number] * 4 + [7, 9]])], 1)
+    inputs = family.inputs | {"depth": {"pixel_values": torch.randn(1, 3, 28, 28)}}
+    logits = model(input_ids=ids, modality_inputs=inputs).logits[0, -1]
+    for modality in four:
+        noise = {
+            k: torch.randn_like(x) if x.is_floating_point() else x
+            for k, x in inputs[modality].items()
+        }
+        other = model(input_ids=ids, modality_inputs=inputs | {modality: noise}).logits[0, -1]
+        assert not torch.allclose(logits, other)
+
+
+@torch.no_grad()
 def test_an_adapter_of_a_specialist(family, tmp_path):
     torch.manual_seed(2)
     model = LlavaForConditionalGeneration.from_pretrained(family.folders["vision"])

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .clips import FRAMES, NOTES, PITCHES, RATE, SHAPES, WAYS, clip, questions
+from .clips import FRAMES, NEEDS, NOTES, PITCHES, RATE, SHAPES, WAYS, clip, questions
 from .omni_models import (
     FEATURES,
     MODALITIES,
@@ -44,9 +44,13 @@ class Clips(Dataset):
         return clip(rng), rng
 
 
-def conversation(item, rng, modalities):
-    """One to TURNS (question, answer) that these modalities answer, kinds drawn evenly."""
+def conversation(item, rng, modalities, least=1):
+    """One to TURNS (question, answer) that these modalities answer, kinds drawn evenly.
+
+    least: how many modalities a question must need.
+    """
     asked = [q for q in questions(item) if answerable(q[2], modalities)]
+    asked = [q for q in asked if len(NEEDS[q[2]]) >= least]
     kinds = sorted({kind for _, _, kind in asked})
     turns = [(CAPTION, describe(item, modalities))] if rng.random() < 0.2 else []
     for kind in rng.permutation(kinds)[: int(rng.integers(1, TURNS + 1))]:
@@ -83,10 +87,14 @@ def prompts(turns, modalities=(), description=""):
 
 @dataclass(frozen=True)
 class Described:
-    """Clips to text: each modality in words with its probability, questions they answer."""
+    """Clips to text: each modality in words with its probability, questions they answer.
+
+    least: how many modalities each question needs at least (`shares` must then give them).
+    """
 
     tokenizer: object
     shares: tuple = (0.6, 0.6, 0.6)
+    least: int = 1
 
     def __call__(self, samples):
         rows = []
@@ -94,7 +102,7 @@ class Described:
             chosen = zip(MODALITIES, self.shares, strict=True)
             given = [m for m, share in chosen if rng.random() < share]
             given = given or [MODALITIES[int(rng.integers(3))]]
-            turns = conversation(item, rng, given)
+            turns = conversation(item, rng, given, self.least)
             rows.append(prompts(turns, description=describe(item, given)))
         return text_batch(self.tokenizer, rows)
 
