@@ -21,7 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from . import models  # noqa: F401  (registers the families' processors)
 from .tasks import TASKS
 
-MAX_NEW_TOKENS = 8
+MAX_NEW_TOKENS = 6  # the longest answers, boxes, have five with the end
 
 
 def load_split(folder, split, count=None, tasks=TASKS):
