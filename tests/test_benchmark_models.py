@@ -6,7 +6,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from optmerge_core import open_checkpoint
-from optmerge_core.benchmark.evaluation import Evaluator
+from optmerge_core.benchmark.evaluation import MAX_NEW_TOKENS, Evaluator
 from optmerge_core.benchmark.models import FAMILIES, build_model, build_processor
 from optmerge_core.benchmark.tasks import TASKS, make_dataset, sample
 from optmerge_core.benchmark.training import Collate
@@ -104,7 +104,7 @@ def test_evaluator_answers_as_generate_does(processor, family, tmp_path):
         inputs = processor(
             images=[item["image"]], text=[processor.prompt(item["question"])], return_tensors="pt"
         )
-        tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        tokens = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         text = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         assert table.loc[index, "prediction"] == text
 
