@@ -69,7 +69,7 @@ def built(tmp_path_factory):
     """Everything that `build` makes, after two steps of each training."""
     folder = tmp_path_factory.mktemp("omni_benchmark")
     with pytest.MonkeyPatch.context() as patch:
-        rounds = [(1, omni_training.SEEN), (1, omni_training.ALL)]
+        rounds = [[(1, omni_training.SEEN), (1, omni_training.ALL)], [(1, omni_training.ALL)]]
         for name in ("LANGUAGE", "TOWERS", "SPECIALIST"):
             few = getattr(omni_training, name) | {"batch": 8, "workers": 0}
             few |= {"LANGUAGE": {"rounds": rounds}, "TOWERS": {"steps": 2}}.get(name, {})

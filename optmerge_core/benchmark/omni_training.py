@@ -8,7 +8,7 @@ modality only; no training example ever has two.
 
 import argparse
 import time
-from itertools import product
+from itertools import chain, count, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,12 +34,14 @@ from .omni_models import (
 )
 from .training import save, train, write_log
 
-SEEN, ALL = (1.0, 0.0, 0.0), (0.6, 0.6, 0.6)
-ROUNDS = [(600, SEEN), (2400, ALL), (2400, ALL), (2400, (0.8, 0.8, 0.8))]
+SEEN = {"shares": (1.0, 0.0, 0.0)}
+ALL = {"shares": (0.6, 0.6, 0.6)}
+SEVERAL = {"shares": (1.0, 1.0, 0.6), "least": 2}
+ROUNDS = [[(600, SEEN), (1200, ALL), (1600, SEVERAL)], [(2400, ALL)]]
 LANGUAGE = {"learning_rate": 2e-3, "rounds": ROUNDS, "seed": 200, "batch": 32}
 TOWERS = {"learning_rate": 2e-3, "steps": 1000, "seed": 201}
 SEEDS = (1, 11, 21)
-STEPS = {"vision": 800, "audio": 300, "video": 500}
+STEPS = {"vision": 800, "audio": 300, "video": 300}
 SPECIALIST = {"learning_rate": 2e-3, "rank": 16, "batch": 32}
 
 
@@ -71,15 +73,20 @@ class Probe(nn.Module):
 def train_language_model(*, rounds, learning_rate, seed, batch=64, workers=1):
     """From random weights; the learning rate rises and falls in each of `rounds`.
 
-    A round is (steps, how probably each modality is described). The first has what is seen alone:
-    there nearly all questions ask what belongs to what, which is the slowest to be learnt.
+    A round is a list of (steps, what `Described` is given). First comes what is seen alone,
+    where nearly all questions ask what belongs to what; then comes all, then only questions that
+    need several modalities. Both are learnt late, and soon where nothing else is asked.
     """
     tokenizer = build_tokenizer()
-    model, losses = build_language_model(tokenizer, seed), []
-    for number, (steps, shares) in enumerate(rounds):
-        stream = loader(Described(tokenizer, shares), steps, seed + 1000 * number, batch, workers)
-        settings = {"learning_rate": learning_rate, "steps": steps}
-        losses += train(model, stream, **settings, label=f"language model, round {number}")
+    model, losses, seeds = build_language_model(tokenizer, seed), [], count(seed, 1000)
+    for number, stages in enumerate(rounds):
+        streams = [
+            loader(Described(tokenizer, **given), steps, own_seed, batch, workers)
+            for (steps, given), own_seed in zip(stages, seeds, strict=False)
+        ]
+        settings = {"learning_rate": learning_rate, "steps": sum(steps for steps, _ in stages)}
+        label = f"language model, round {number + 1}"
+        losses += train(model, chain(*streams), **settings, label=label)
     return model, tokenizer, losses
 
 
