@@ -76,7 +76,7 @@ def main(scales, presets, steps, loop_steps):
             total = {"floor": 0.0, "loop": 0.0, "ours": 0.0}
             error = energy = 0.0
             few = min(steps, loop_steps) if scale > 0.5 else steps
-            for seed, shape in enumerate(shapes):
+            for seed, shape in enumerate(shapes.values()):
                 tau = task_vectors(shape, seed)
                 total["floor"] += floor_flops(shape, preset, steps) / rate
                 spent, ours = seconds(lambda t=tau, p=preset: optmerge(t, preset=p, steps=steps))
