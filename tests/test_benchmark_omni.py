@@ -344,3 +344,9 @@ def test_the_study_has_a_row_for_every_model(built, monkeypatch):
     without = omni_seeds.evaluate(study, specialists, {}, items, items)
     assert set(without.index) == models - {"damc"}
     pd.testing.assert_frame_equal(without, table.loc[without.index])
+
+
+def test_the_shipped_language_model_knows_what_it_is_told():
+    questions = draw_questions("validation", 10)
+    table = answer_described("data/benchmark/omni/language_model", questions)
+    assert accuracies(table)["Avg"] > 95
