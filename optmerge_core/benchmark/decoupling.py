@@ -7,7 +7,8 @@ keeps it to its kind of token.
 import torch
 from peft.tuners.lora import LoraLayer
 
-TEXT = "text"
+from optmerge_core.online import TEXT
+
 FEATURES = "default"
 
 

@@ -67,6 +67,18 @@ def load_processor(folder):
     return AutoProcessor.from_pretrained(folder)
 
 
+def by_length(tokenizer, texts, batch_size):
+    """Indices of texts of one length in batches, so that nothing is padded: lists of indices."""
+    groups = defaultdict(list)
+    for index, ids in enumerate(tokenizer(texts)["input_ids"]):
+        groups[len(ids)].append(index)
+    return [
+        rows[start : start + batch_size]
+        for rows in groups.values()
+        for start in range(0, len(rows), batch_size)
+    ]
+
+
 class Evaluator:
     """Answers a fixed set of questions with the base model's language model replaced.
 
@@ -81,14 +93,11 @@ class Evaluator:
             n: p.detach().clone() for n, p in self.model.named_parameters() if ".layers." in n
         }
         self.samples = data.remove_columns("image").to_pandas()
-        groups = defaultdict(list)
-        for index, question in enumerate(data["question"]):
-            groups[len(self.tokenizer(question)["input_ids"])].append(index)
-        self.batches = []
-        for rows in tqdm(groups.values(), desc="prompts", leave=False):
-            for start in range(0, len(rows), batch_size):
-                part = rows[start : start + batch_size]
-                self.batches.append((part, self._embed(processor, data.select(part))))
+        parts = by_length(self.tokenizer, list(data["question"]), batch_size)
+        self.batches = [
+            (part, self._embed(processor, data.select(part)))
+            for part in tqdm(parts, desc="prompts", leave=False)
+        ]
 
     @torch.inference_mode()
     def _embed(self, processor, rows):

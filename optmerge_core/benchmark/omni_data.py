@@ -26,6 +26,11 @@ CLASSES = {  # what the towers tell apart
     "way": list(WAYS),
     "pitch": list(PITCHES),
 }
+HEADS = {  # and what each of them says of a feature
+    "vision": ("color", "shape", "place"),
+    "audio": ("shape", "pitch"),
+    "video": ("shape", "way"),
+}
 CAPTION = "describe the clip"
 TURNS = 6  # questions about one clip at most, one after the other
 
@@ -132,14 +137,13 @@ def patch_labels(item, kind):
     vision: colour, shape and place of the things in the still picture; video: shape and way of the
     one that moves, where it is in the middle of the clip.
     """
-    heads = {"vision": ("color", "shape", "place"), "video": ("shape", "way")}[kind]
-    labels = {head: np.zeros(PATCHES, dtype=np.int64) for head in heads}
+    labels = {head: np.zeros(PATCHES, dtype=np.int64) for head in HEADS[kind]}
     side = IMAGE_SIZE // PATCH
     for thing in item.things if kind == "vision" else [item.mover]:
         body = thing.at(FRAMES // 2) if kind == "vision" else thing.body
         column, row = (int(np.clip(v // PATCH, 0, side - 1)) for v in body.center)
         found = {"color": body.color, "shape": body.shape, "place": body.place, "way": thing.way}
-        for head in heads:
+        for head in labels:
             labels[head][row * side + column] = 1 + CLASSES[head].index(found[head])
     return labels
 

@@ -4,8 +4,6 @@ Towers, projectors and embeddings are the same under every merge, so what a prom
 the language model is computed once for each subset of modalities.
 """
 
-from collections import defaultdict
-
 import numpy as np
 import pandas as pd
 import torch
@@ -14,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optmerge_core.omni import OmniForConditionalGeneration
 
 from .clips import NEEDS, clip, questions
+from .evaluation import by_length
 from .omni_models import (
     MODALITIES,
     describe,
@@ -23,6 +22,7 @@ from .omni_models import (
     prompt,
 )
 
+MAX_NEW_TOKENS = 4
 SPLITS = {"validation": 301, "test": 302}
 """Split -> seed of its clips; training draws from other seeds."""
 
@@ -69,17 +69,6 @@ def judged(table, predictions):
     return table.assign(correct=table["prediction"] == table["answer"])
 
 
-def by_length(tokenizer, texts, batch_size):
-    """(indices, token numbers) of texts of one length each, so that nothing is padded."""
-    groups = defaultdict(list)
-    for index, ids in enumerate(tokenizer(texts)["input_ids"]):
-        groups[len(ids)].append(index)
-    for rows in groups.values():
-        for start in range(0, len(rows), batch_size):
-            part = rows[start : start + batch_size]
-            yield part, tokenizer([texts[i] for i in part], return_tensors="pt")["input_ids"]
-
-
 @torch.inference_mode()
 def answer_described(folder, items, batch_size=100):
     """What a language model answers when the clip is described to it, with all a question needs."""
@@ -87,9 +76,12 @@ def answer_described(folder, items, batch_size=100):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = [prompt(q, description=describe(clip, NEEDS[kind])) for clip, q, _, kind in items]
     predictions = np.empty(len(items), dtype=object)
-    for rows, ids in by_length(tokenizer, texts, batch_size):
+    for rows in by_length(tokenizer, texts, batch_size):
+        ids = tokenizer([texts[i] for i in rows], return_tensors="pt")["input_ids"]
         mask = torch.ones_like(ids)
-        tokens = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+        tokens = model.generate(
+            ids, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS, do_sample=False
+        )
         said = tokenizer.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=True)
         predictions[rows] = [text.strip() for text in said]
     return judged(table_of(items), predictions)
@@ -114,7 +106,8 @@ class OmniEvaluator:
         texts = [prompt(question, modalities) for question in self.table["question"]]
         processors = image_processor(), feature_extractor()
         self.batches = []
-        for rows, ids in by_length(self.tokenizer, texts, batch_size):
+        for rows in by_length(self.tokenizer, texts, batch_size):
+            ids = self.tokenizer([texts[i] for i in rows], return_tensors="pt")["input_ids"]
             inputs = modality_inputs([items[i][0] for i in rows], modalities, *processors)
             with torch.inference_mode():
                 embeddings = self.model.embed(ids, inputs)
@@ -133,7 +126,7 @@ class OmniEvaluator:
             tokens = self.model.generate(
                 inputs_embeds=embeddings,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=4,
+                max_new_tokens=MAX_NEW_TOKENS,
                 do_sample=False,
             )
             texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)

@@ -17,7 +17,7 @@ from optmerge_core import METHODS, load_recipe
 from optmerge_core.checkpoints import open_checkpoint
 from optmerge_core.merge import merge_tensors
 from optmerge_core.omni import LanguageModel, compose, open_specialist
-from optmerge_core.online import online_weights, route
+from optmerge_core.online import TEXT, online_weights, route
 from optmerge_core.parameters import mergeable
 
 from .omni_evaluation import OmniEvaluator, accuracies, draw_questions
@@ -38,8 +38,9 @@ def evaluate(study, specialists, decoupled, validation, test):
 
     specialists, decoupled: modality -> adapter folder; validation, test: lists of questions.
     """
-    base = LanguageModel(open_checkpoint(study.base_model))
-    names = mergeable({n: base.shape(n) for n in base}, "llama")
+    weights = open_checkpoint(study.base_model)
+    base = LanguageModel(weights)
+    names = mergeable({n: base.shape(n) for n in base}, weights.config()["model_type"])
     start = {n: base[n].float() for n in names}
     own = {m: weights_of(folder, names) for m, folder in specialists.items()}
     merged = {
@@ -73,7 +74,7 @@ def evaluate(study, specialists, decoupled, validation, test):
             compose(study.base_model, decoupled, Path(folder, "damc"), method="weight_average")
             evaluator = OmniEvaluator(Path(folder, "damc"), test)
             features = {m: weights_of(path, names) for m, path in decoupled.items()}
-            text = {m: weights_of(Path(path, "text"), names) for m, path in decoupled.items()}
+            text = {m: weights_of(Path(path, TEXT), names) for m, path in decoupled.items()}
             route(evaluator.model, online_weights(features, text))
             rows["damc"] = accuracies(evaluator.answer())
     return pd.DataFrame(rows).T.rename_axis("model")
