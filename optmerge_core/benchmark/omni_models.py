@@ -10,7 +10,6 @@ import re
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessorPil,
     LlamaConfig,
@@ -27,6 +26,7 @@ from transformers import (
 
 from .clips import FRAMES, NEEDS, RATE, clip, questions, told
 from .scenes import IMAGE_SIZE
+from .tokenizer import word_level
 
 MODALITIES = ("vision", "audio", "video")
 PATCH = 14
@@ -59,16 +59,8 @@ def build_tokenizer(modality=None):
     pieces = {p for text in texts for p in re.findall(PIECES, text)}
     words = sorted({w.replace(" ", "Ġ") for p in pieces for w in (p, " " + p.strip(), p.strip())})
     ordered = ["<pad>", "<s>", "</s>", "<unk>", *words]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(ordered)}, "<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PIECES), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=word_level(ordered, PIECES),
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",

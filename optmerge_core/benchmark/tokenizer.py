@@ -11,6 +11,23 @@ from .tasks import TASKS, sample
 PIECES = r" ?[a-z]+| ?[A-Z0-9]|\s|[^\sA-Za-z0-9]"
 
 
+def word_level(words, pieces):
+    """A tokenizer of whole pieces of text (a regular expression) that decodes without loss.
+
+    words: the vocabulary in the order of its numbers, with Ġ for a space; "<unk>" must be in it.
+    """
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pieces), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
 def build_tokenizer(named):
     """A tokenizer whose decoding is lossless; named: attribute -> special token of a family."""
     text = " ".join(
@@ -34,16 +51,7 @@ def build_tokenizer(named):
         + locations
         + sorted(w.replace(" ", "Ġ").replace("\n", "Ċ") for w in words)
     )
-    tokenizer = Tokenizer(
-        models.WordLevel({w: i for i, w in enumerate(ordered)}, unk_token="<unk>")
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PIECES), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = word_level(ordered, PIECES)
     tokenizer.add_tokens(locations)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
