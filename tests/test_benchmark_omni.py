@@ -39,6 +39,7 @@ from optmerge_core.benchmark.omni_models import (
     describe,
     feature_extractor,
     image_processor,
+    in_words,
     modality_inputs,
     prompt,
 )
@@ -83,7 +84,7 @@ def test_words_are_known_and_decoding_is_lossless(clips):
     tokenizer = build_tokenizer()
     for item in clips:
         for question, answer, _ in questions(item):
-            text = prompt(question, description=describe(item, MODALITIES)) + f" {answer}"
+            text = prompt(question, words=in_words(item, MODALITIES)) + f" {answer}"
             ids = tokenizer(text)["input_ids"]
             assert tokenizer.unk_token_id not in ids
             assert tokenizer.decode(ids) == text
@@ -129,15 +130,41 @@ def test_a_described_clip_holds_what_its_question_needs():
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_a_specialist_is_asked_about_its_modality_alone(processors, modality):
-    data, tokenizer = Clips(16, seed=4), build_tokenizer(modality)
-    batch = Perceived(modality, tokenizer, *processors)([data[i] for i in range(16)])
+def test_a_specialist_is_given_its_modality_alone(processors, modality):
+    """Every question needs it; what else a question needs is told in words."""
+    data, tokenizer = Clips(24, seed=4), build_tokenizer(modality)
+    batch = Perceived(modality, tokenizer, *processors)([data[i] for i in range(24)])
+    assert set(batch) == {"input_ids", "labels", "attention_mask"} | set(
+        modality_inputs([data[0][0]], [modality], *processors)[modality]
+    )
+    number, needed = tokenizer.convert_tokens_to_ids(PLACEHOLDERS[modality]), set()
     for i, row in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
-        _, labels = first_turn(*row)
+        assert (row[0] == number).sum() == FEATURES[modality]
+        ids, labels = first_turn(*row)
         item = data[i][0]
+        text = tokenizer.decode(ids[labels == -100], skip_special_tokens=True)
         answer = tokenizer.decode(labels[labels >= 0], skip_special_tokens=True).strip()
-        possible = {a for _, a, k in questions(item) if answerable(k, [modality])}
-        assert answer in possible | {describe(item, [modality])}
+        given = [m for m in MODALITIES if m == modality or f" {told(item, m)} ." in text]
+        assert f" {told(item, modality)} ." not in text
+        kinds = {k for q, a, k in questions(item) if q in text and a == answer}
+        assert answer == describe(item, given) or any(
+            modality in NEEDS[kind] and answerable(kind, given) for kind in kinds
+        )
+        needed |= {len(NEEDS[kind]) for kind in kinds}
+    assert {1, 2} <= needed
+    alone = Perceived(modality, tokenizer, *processors, told=0)([data[i] for i in range(8)])
+    assert alone["input_ids"].shape[1] < batch["input_ids"].shape[1]
+
+
+def test_a_prompt_by_hand(clips):
+    item = clips[0]
+    words = in_words(item, ["vision", "video"])
+    text = prompt("what moves ?", ["audio"], words)
+    heard = FEATURES["audio"] * "<|AUDIO|>"
+    vision, video = told(item, "vision"), told(item, "video")
+    assert text == f"USER: {vision} .{heard} {video} . what moves ? ASSISTANT:"
+    ids = build_tokenizer("audio")(text)["input_ids"]
+    assert build_tokenizer("audio").unk_token_id not in ids
 
 
 def test_text_batch_by_hand():
@@ -310,7 +337,7 @@ def test_a_described_clip_is_answered_as_the_language_model_does(built):
     tokenizer = AutoTokenizer.from_pretrained(built / "language_model")
     model = AutoModelForCausalLM.from_pretrained(built / "language_model", dtype=torch.float32)
     item, question, _, kind = items[-1]
-    text = prompt(question, description=describe(item, NEEDS[kind]))
+    text = prompt(question, words=in_words(item, NEEDS[kind]))
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     tokens = model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
     said = tokenizer.decode(tokens, skip_special_tokens=True).strip()

@@ -14,6 +14,7 @@ from .omni_models import (
     PATCHES,
     answerable,
     describe,
+    in_words,
     modality_inputs,
     prompt,
 )
@@ -49,13 +50,18 @@ class Clips(Dataset):
         return clip(rng), rng
 
 
-def conversation(item, rng, modalities, least=1):
+def conversation(item, rng, modalities, own=None, least=1):
     """One to TURNS (question, answer) that these modalities answer, kinds drawn evenly.
 
-    least: how many modalities a question must need.
+    own: the modality that every question must need; least: how many of them it must need.
     """
-    asked = [q for q in questions(item) if answerable(q[2], modalities)]
-    asked = [q for q in asked if len(NEEDS[q[2]]) >= least]
+    asked = [
+        question
+        for question in questions(item)
+        if answerable(question[2], modalities)
+        and len(NEEDS[question[2]]) >= least
+        and (own is None or own in NEEDS[question[2]])
+    ]
     kinds = sorted({kind for _, _, kind in asked})
     turns = [(CAPTION, describe(item, modalities))] if rng.random() < 0.2 else []
     for kind in rng.permutation(kinds)[: int(rng.integers(1, TURNS + 1))]:
@@ -84,9 +90,9 @@ def text_batch(tokenizer, rows):
     return {"input_ids": ids, "labels": labels}
 
 
-def prompts(turns, modalities=(), description=""):
+def prompts(turns, modalities=(), words=None):
     """The turns as (prompt, answer); what there is to see or hear stands in the first."""
-    first = [(prompt(turns[0][0], modalities, description), turns[0][1])]
+    first = [(prompt(turns[0][0], modalities, words), turns[0][1])]
     return first + [(prompt(question), answer) for question, answer in turns[1:]]
 
 
@@ -107,25 +113,33 @@ class Described:
             chosen = zip(MODALITIES, self.shares, strict=True)
             given = [m for m, share in chosen if rng.random() < share]
             given = given or [MODALITIES[int(rng.integers(3))]]
-            turns = conversation(item, rng, given, self.least)
-            rows.append(prompts(turns, description=describe(item, given)))
+            turns = conversation(item, rng, given, least=self.least)
+            rows.append(prompts(turns, words=in_words(item, given)))
         return text_batch(self.tokenizer, rows)
 
 
 @dataclass(frozen=True)
 class Perceived:
-    """Clips to one modality's inputs and questions that it alone answers."""
+    """Clips to one modality's inputs and questions that need it.
+
+    told: with this probability each of the other modalities is described in words, so that
+    questions that need several can be asked although no other input is given.
+    """
 
     modality: str
     tokenizer: object
     images: object
     sounds: object
+    told: float = 0.5
 
     def __call__(self, samples):
-        own = [self.modality]
-        rows = [prompts(conversation(item, rng, own), own) for item, rng in samples]
+        own, rows = self.modality, []
+        for item, rng in samples:
+            told = [m for m in MODALITIES if m != own and rng.random() < self.told]
+            turns = conversation(item, rng, [own, *told], own)
+            rows.append(prompts(turns, [own], in_words(item, told)))
         clips = [item for item, _ in samples]
-        inputs = modality_inputs(clips, own, self.images, self.sounds)[self.modality]
+        inputs = modality_inputs(clips, [own], self.images, self.sounds)[own]
         batch = text_batch(self.tokenizer, rows)
         mask = torch.ones_like(batch["input_ids"])
         return batch | {"attention_mask": mask} | inputs

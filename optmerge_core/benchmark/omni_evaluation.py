@@ -15,9 +15,9 @@ from .clips import NEEDS, clip, questions
 from .evaluation import by_length
 from .omni_models import (
     MODALITIES,
-    describe,
     feature_extractor,
     image_processor,
+    in_words,
     modality_inputs,
     prompt,
 )
@@ -74,7 +74,7 @@ def answer_described(folder, items, batch_size=100):
     """What a language model answers when the clip is described to it, with all a question needs."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    texts = [prompt(q, description=describe(clip, NEEDS[kind])) for clip, q, _, kind in items]
+    texts = [prompt(q, words=in_words(clip, NEEDS[kind])) for clip, q, _, kind in items]
     predictions = np.empty(len(items), dtype=object)
     for rows in by_length(tokenizer, texts, batch_size):
         ids = tokenizer([texts[i] for i in rows], return_tensors="pt")["input_ids"]

@@ -38,10 +38,23 @@ PIECES = r" ?[A-Za-z]+(?:-[A-Za-z]+)*:?| ?[0-9]| ?[^\sA-Za-z0-9]"
 HIDDEN, MELS = 128, 40
 
 
-def prompt(question, modalities=(), description=""):
-    """What a model is asked: its modalities' placeholders or a description, then the question."""
-    blocks = "".join(FEATURES[m] * PLACEHOLDERS[m] for m in MODALITIES if m in modalities)
-    return f"USER: {blocks}{description} {question} ASSISTANT:"
+def prompt(question, modalities=(), words=None):
+    """What a model is asked: each modality's placeholders or words, then the question.
+
+    words: modality -> what it has to tell (`in_words`), for those that are described instead.
+    """
+    words = words or {}
+    blocks = [
+        f" {words[m]} ." if m in words else FEATURES[m] * PLACEHOLDERS[m]
+        for m in MODALITIES
+        if m in words or m in modalities
+    ]
+    return f"USER:{''.join(blocks)} {question} ASSISTANT:"
+
+
+def in_words(item, modalities):
+    """Modality -> what it has to tell about a clip, in words."""
+    return {m: told(item, m) for m in modalities}
 
 
 def describe(item, modalities):

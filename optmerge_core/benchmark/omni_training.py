@@ -3,7 +3,8 @@
 The language model learns to answer questions about clips that are described in words, with all
 that they need. The towers learn what is in every patch and moment (as CLIP and Whisper come
 trained). A specialist then trains its projector and a LoRA adapter on questions about its own
-modality only; no training example ever has two.
+modality; no training example ever has two as inputs, but others may be told in words, as
+LLaVA's instructions come with text. That ties each modality to the same words.
 """
 
 import argparse
@@ -42,7 +43,7 @@ ROUNDS = [[(600, SEEN), (1200, ALL), (1600, SEVERAL)], [(2400, ALL)]]
 LANGUAGE = {"learning_rate": 2e-3, "rounds": ROUNDS, "seed": 200, "batch": 32}
 TOWERS = {"learning_rate": 2e-3, "steps": 1000, "seed": 201}
 SEEDS = (SHIPPED, *OTHERS)
-STEPS = {"vision": 800, "audio": 300, "video": 300}
+STEPS = {"vision": 600, "audio": 300, "video": 300}
 SPECIALIST = {"learning_rate": 2e-3, "rank": 16, "batch": 32}
 
 
