@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from optmerge_core.checkpoints import Checkpoint
 from optmerge_core.methods import check_options
+from optmerge_core.parallel import in_order
 from optmerge_core.parameters import merges
 
 DTYPES = {
@@ -114,16 +115,16 @@ def check_folders(base: Checkpoint, experts: Mapping[str, Checkpoint], output_di
 
 def check_finite(base: Checkpoint, experts: Mapping[str, Checkpoint], names: list[str]) -> None:
     """Raise one `ValueError` that lists every parameter with NaN or Inf: reads all that is used."""
-    problems = []
-    readings = [("the base", base, list(base))]
-    readings += [(f"expert {name}", expert, names) for name, expert in experts.items()]
-    with tqdm(total=sum(len(reading[2]) for reading in readings), desc="checking") as progress:
-        for owner, checkpoint, read in readings:
-            for name in read:
-                count = _count_not_finite(checkpoint[name])
-                if count:
-                    problems.append(f"{name}: {owner} has {count} NaN or Inf")
-                progress.update()
+    readings = [("the base", base, name) for name in base]
+    readings += [(f"expert {n}", expert, name) for n, expert in experts.items() for name in names]
+
+    def problem(reading: tuple[str, Checkpoint, str]) -> str | None:
+        owner, checkpoint, name = reading
+        count = _count_not_finite(checkpoint[name])
+        return f"{name}: {owner} has {count} NaN or Inf" if count else None
+
+    found = in_order(problem, tqdm(readings, desc="checking"))
+    problems = [text for text in found if text]
     if problems:
         raise ValueError(
             f"{len(problems)} parameters are not finite:\n  "

@@ -32,6 +32,7 @@ from optmerge_core.checks import (
     parse_dtype,
 )
 from optmerge_core.methods import METHODS, dare
+from optmerge_core.parallel import in_order
 from optmerge_core.parameters import mergeable
 from optmerge_core.report import MergeReport, peak_memory, reset_peak_memory
 from optmerge_core.task_vectors import TaskVectors, apply, derive_seed, model_thresholds
@@ -96,14 +97,22 @@ def merge(
     task_vectors = TaskVectors(base, opened, names, device)
     merge_parameter = parameter_merger(task_vectors, method, options, seed, trim)
     merging, records = frozenset(names), []
+
+    def result(name: str) -> tuple[Tensor, dict[str, Any] | None]:
+        tensor, record = base[name], None
+        if name in merging:
+            stack, merged = merge_parameter(name)
+            record = _record(name, stack, merged, task_vectors.expert_names)
+            tensor = apply(tensor, merged, scaling_coefficient, stored[name])
+        return in_range(name, tensor.to("cpu", stored[name])), record
+
     with writer:
-        for name in tqdm(base, desc=f"merging ({method})", unit="parameter"):
-            tensor = base[name]
-            if name in merging:
-                stack, merged = merge_parameter(name)
-                records.append(_record(name, stack, merged, task_vectors.expert_names))
-                tensor = apply(tensor, merged, scaling_coefficient, stored[name])
-            writer.add(name, in_range(name, tensor.to(stored[name])))
+        results = in_order(result, base, device)
+        progress = tqdm(base, desc=f"merging ({method})", unit="parameter")
+        for name, (tensor, record) in zip(progress, results, strict=True):
+            writer.add(name, tensor)
+            if record:
+                records.append(record)
         writer.copy_side_files(base.folder)
         if dtype is not None:
             config = _with_dtype(base.config() | {"dtype": ""}, dtype_name(dtype))
@@ -152,10 +161,12 @@ def merge_tensors(
     """
     options = dict(method_options or {})
     check_request(experts, method, options, 1.0, trim)
-    task_vectors = TaskVectors(base, experts, names, parse_device(device))
+    device = parse_device(device)
+    task_vectors = TaskVectors(base, experts, names, device)
     merge_parameter = parameter_merger(task_vectors, method, options, seed, trim)
+    results = in_order(lambda name: merge_parameter(name)[1].cpu(), task_vectors, device)
     progress = tqdm(task_vectors, desc=f"merging ({method})", unit="parameter", leave=False)
-    return {name: merge_parameter(name)[1].cpu() for name in progress}
+    return dict(zip(progress, results, strict=True))
 
 
 def parameter_merger(

@@ -23,6 +23,7 @@ from optmerge_core.checkpoints import ADAPTER_NAME, CheckpointError, open_checkp
 from optmerge_core.checks import check_request
 from optmerge_core.methods import METHODS
 from optmerge_core.optmerge import PRESETS
+from optmerge_core.parallel import in_order
 from optmerge_core.writer import CheckpointWriter, check_output
 
 ENTRYWISE = "works on single entries, which leaves the span of the factors"
@@ -57,10 +58,13 @@ def merge_adapters(
     opened = {n: Factors(open_checkpoint(x, adapter=True)) for n, x in experts.items()}
     modules = list(dict.fromkeys(module for factors in opened.values() for module in factors))
     shapes = _common_shapes(opened, modules)
-    merged = {}
-    for module in tqdm(modules, desc=f"merging adapters ({method})", unit="module"):
+
+    def result(module: str) -> tuple[Tensor, Tensor]:
         pairs = [factors.get(module) for factors in opened.values()]
-        merged[module] = merge_factors(pairs, method, options, scaling_coefficient, shapes[module])
+        return merge_factors(pairs, method, options, scaling_coefficient, shapes[module])
+
+    progress = tqdm(modules, desc=f"merging adapters ({method})", unit="module")
+    merged = dict(zip(progress, in_order(result, modules), strict=True))
     rank = max(a.shape[0] for _, a in merged.values())
     settings = next(iter(opened.values())).settings | {
         "r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},

@@ -36,6 +36,7 @@ from optmerge_core.omni_model import (
     specialist_class,
     without_layers,
 )
+from optmerge_core.parallel import in_order
 from optmerge_core.parameters import mergeable
 from optmerge_core.task_vectors import TaskVectors, apply
 from optmerge_core.writer import CheckpointWriter, check_output, side_files
@@ -209,22 +210,20 @@ def compose(
 
     experts = {modality: specialist.language_model for modality, specialist in opened.items()}
     names = mergeable({name: base.shape(name) for name in base}, config.get("model_type"))
-    merging, merge_parameter = (
-        frozenset(names),
-        parameter_merger(
-            TaskVectors(base, experts, names, parse_device(device)), method, options, seed, "tensor"
-        ),
-    )
+    merging, device = frozenset(names), parse_device(device)
+    task_vectors = TaskVectors(base, experts, names, device)
+    merge_parameter = parameter_merger(task_vectors, method, options, seed, "tensor")
+
+    def result(name: str) -> Tensor:
+        own = base[name]
+        if name in merging:
+            return apply(own, merge_parameter(name)[1].cpu(), scaling_coefficient, own.dtype)
+        changes = [expert[name][: len(own)].float() - own.float() for expert in experts.values()]
+        return (own.float() + torch.stack(changes).mean(0)).to(own.dtype)
+
     with CheckpointWriter(output_dir, max_shard_size, overwrite=overwrite) as writer:
-        for name in tqdm(base, desc=f"merging ({method})", unit="parameter"):
-            own = base[name]
-            if name in merging:
-                tensor = apply(own, merge_parameter(name)[1].cpu(), scaling_coefficient, own.dtype)
-            else:
-                changes = [
-                    expert[name][: len(own)].float() - own.float() for expert in experts.values()
-                ]
-                tensor = (own.float() + torch.stack(changes).mean(0)).to(own.dtype)
+        progress = tqdm(base, desc=f"merging ({method})", unit="parameter")
+        for name, tensor in zip(progress, in_order(result, base, device), strict=True):
             if name in (EMBEDDINGS, HEAD):
                 tensor = _with_added_rows(name, tensor, opened, ids)
                 config["vocab_size"] = len(tensor)

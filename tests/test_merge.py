@@ -189,12 +189,12 @@ def test_trimming_over_the_model_equals_sorting_it(tiny, method):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures as Linux does")
 def test_memory_is_bounded_by_a_parameter_and_a_shard(tmp_path):
-    """96 MB models of 2 MB parameters: the peak is a few parameters, not a model."""
+    """96 MB models of 1/2 MB parameters: the peak is a few parameters a core, not a model."""
     folders = [tmp_path / name for name in ("base", "a", "b", "c")]
     for number, folder in enumerate(folders):
         with CheckpointWriter(folder, "8MB") as writer:
-            for layer in range(48):
-                tensor = torch.full((512, 1024), number + layer / 100)
+            for layer in range(192):
+                tensor = torch.full((256, 512), number + layer / 100)
                 writer.add(f"model.layers.{layer}.mlp.up_proj.weight", tensor)
             writer.write_text("config.json", '{"model_type": "llama"}')
 
