@@ -36,16 +36,22 @@ class Interference:
     def C(self) -> Tensor:
         return self.L.mT @ self.L
 
-    def times_C(self, tau: Tensor) -> Tensor:
-        """τ C, through L where its low rank makes two products cheaper than one."""
+    @property
+    def factored(self) -> bool:
+        """Whether two products with L are cheaper than one with C."""
         rows, columns = self.L.shape
-        return tau @ self.L.mT @ self.L if 2 * rows < columns else tau @ self.C
+        return 2 * rows < columns
+
+    def times_C(self, tau: Tensor) -> Tensor:
+        return tau @ self.L.mT @ self.L if self.factored else tau @ self.C
 
     def loss(self, tau: Tensor) -> float:
         return torch.sum(tau * (self.times_C(tau) - 2 * self.D)).item() + self.constant
 
-    def gradient(self, tau: Tensor) -> Tensor:
-        return 2 * (self.times_C(tau) - self.D)
+    def gradient(self, tau: Tensor, out: Tensor | None = None) -> Tensor:
+        """2 (τ C − D), in one pass over the result (m, n)."""
+        left, right = (tau @ self.L.mT, self.L) if self.factored else (tau, self.C)
+        return torch.addmm(self.D, left, right, alpha=2, beta=-2, out=out)
 
 
 def interference(task_vectors: Tensor, targets: Tensor, subspaces: Tensor) -> Interference:
@@ -74,12 +80,13 @@ def adam(
     needs to know the start for; the same holds for `sgd`.
     """
     delta = torch.zeros_like(start)
-    optimizer = torch.optim.Adam([delta], lr=learning_rate)
+    delta.grad = torch.empty_like(start)
+    optimizer = torch.optim.Adam([delta], lr=learning_rate, fused=True)
     for step in range(steps + 1):
         if on_step:
             on_step(step, form.loss(delta), torch.linalg.norm(start + delta).item())
         if step < steps:
-            delta.grad = form.gradient(delta)
+            form.gradient(delta, out=delta.grad)
             optimizer.step()
     return delta
 
@@ -99,24 +106,38 @@ def sgd(
 
         velocity ← momentum · velocity + 2 (Λ q − 1),    q ← q − learning_rate · velocity
 
-    in float64, and with no division by small eigenvalues. Where Λ is 0, so is D V.
+    in float64, and with no division by small eigenvalues. A step is a 3×3 matrix for every
+    eigenvalue, acting on (q, velocity, 1), and `steps` of them its power. Where Λ is 0, so is D V.
     """
     _, S, Vh = truncated_svd(form.L)
     eigenvalues = S.double() ** 2
     DV = form.D @ Vh.mT
-    pull = DV.double().square().sum(dim=0)
-    along = ((start @ Vh.mT).double() * DV).sum(dim=0)
-    start_norm = torch.linalg.norm(start.double())
-    q = velocity = torch.zeros_like(eigenvalues)
-    for step in range(steps + 1):
-        if on_step:
+    step_matrix = _step_matrix(eigenvalues, learning_rate, momentum)
+    if on_step:
+        pull = DV.double().square().sum(dim=0)
+        along = ((start @ Vh.mT).double() * DV).sum(dim=0)
+        start_norm = torch.linalg.norm(start.double())
+        state = torch.eye(3).to(step_matrix)[2].expand(len(eigenvalues), 3)
+        for step in range(steps + 1):
+            q = state[:, 0]
             loss = form.constant + torch.sum(q * (eigenvalues * q - 2) * pull)
             square = start_norm**2 + torch.sum(q * (2 * along + q * pull))
             on_step(step, loss.item(), square.clamp(min=0).sqrt().item())
-        if step < steps:
-            velocity = momentum * velocity + 2 * (eigenvalues * q - 1)
-            q = q - learning_rate * velocity
+            state = (step_matrix @ state.unsqueeze(-1)).squeeze(-1)
+    q = torch.linalg.matrix_power(step_matrix, steps)[:, 0, 2]
     return DV * q.to(DV.dtype) @ Vh
+
+
+def _step_matrix(eigenvalues: Tensor, learning_rate: float, momentum: float) -> Tensor:
+    """One step of gradient descent with momentum on (q, velocity, 1): (r,) -> (r, 3, 3)."""
+    step = torch.zeros(len(eigenvalues), 3, 3).to(eigenvalues)
+    step[:, 1, 0] = 2 * eigenvalues
+    step[:, 1, 1] = momentum
+    step[:, 1, 2] = -2
+    step[:, 0] = -learning_rate * step[:, 1]
+    step[:, 0, 0] += 1
+    step[:, 2, 2] = 1
+    return step
 
 
 def ridge(

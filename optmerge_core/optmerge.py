@@ -18,7 +18,7 @@ from torch import Tensor
 
 from optmerge_core.contract import check_choice, check_share, merge_method
 from optmerge_core.interference import OnStep, adam, interference, ridge, sgd
-from optmerge_core.spectra import truncated_svd
+from optmerge_core.spectra import low_rank
 
 
 @dataclass(frozen=True)
@@ -188,9 +188,7 @@ def targets_and_subspaces(task_vectors: Tensor, settings: Settings) -> tuple[Ten
         matrices = task_vectors - mean if center else task_vectors
         if rank == smaller_side:
             return matrices, matrices
-        U, S, Vh = truncated_svd(matrices, rank)
-        SVh = S.unsqueeze(-1) * Vh
-        return U @ SVh, SVh
+        return low_rank(matrices, rank)
 
     targets, subspaces = truncate(settings.center)
     if settings.center:

@@ -41,6 +41,26 @@ def truncated_svd(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tens
     return U.to(matrix.dtype), S.to(matrix.dtype), V.mT.to(matrix.dtype)
 
 
+def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best rank-k approximation T and S Vh of it: (..., m, n) -> (..., m, n), (..., k, n).
+
+    As `truncated_svd` gives them, k = min(rank, m, n), but as projections on the singular vectors
+    of the smaller side, T = A V Vᵀ or U Uᵀ A: nothing is divided, and only Gram matrix and
+    eigenvectors are in float64. |S Vh| is good to the eps of the matrix's own dtype times S1.
+    """
+    rows, columns = matrix.shape[-2:]
+    exact = matrix.double()
+    if rows < columns:
+        U = torch.linalg.eigh(exact @ exact.mT).eigenvectors[..., -rank:]
+        U = U.flip(-1).to(matrix.dtype)
+        SVh = U.mT @ matrix
+        return U @ SVh, SVh
+    squares, V = torch.linalg.eigh(exact.mT @ exact)
+    S = squares[..., -rank:].clamp(min=0).sqrt().flip(-1).to(matrix.dtype)
+    V = V[..., -rank:].flip(-1).to(matrix.dtype)
+    return matrix @ V @ V.mT, S.unsqueeze(-1) * V.mT
+
+
 def singular_values(matrix: Tensor) -> Tensor:
     """All singular values (..., min(m, n)), descending; accuracy as in `truncated_svd`."""
     rows, columns = matrix.shape[-2:]

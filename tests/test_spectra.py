@@ -10,6 +10,7 @@ from optmerge_core.spectra import (
     energy_kept,
     entropy_rank,
     gavish_donoho_threshold,
+    low_rank,
     rounding_noise,
     sign_conflict_matrix,
     singular_values,
@@ -62,6 +63,28 @@ def test_truncation_is_the_best_approximation(name):
         torch.testing.assert_close(error, tail, rtol=1e-9, atol=1e-9)
     with pytest.raises(ValueError, match="rank is 0"):
         truncated_svd(matrix, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("matrix", MATRICES.values(), ids=list(MATRICES))
+def test_low_rank_equals_torchs_svd(matrix, dtype):
+    matrix = matrix.to(dtype)
+    largest = torch.linalg.svdvals(matrix).amax().item()
+    tolerance = {torch.float32: 1e-6, torch.float64: 1e-9}[dtype] * largest
+    for rank in (1, 5, 100):
+        T, SVh = low_rank(matrix, rank)
+        assert T.dtype == SVh.dtype == dtype
+        U, S, Vh = (x.double() for x in torch.linalg.svd(matrix.double(), full_matrices=False))
+        U, S, Vh = U[..., :rank], S[..., :rank, None], Vh[..., :rank, :]
+        torch.testing.assert_close(T.double(), U @ (S * Vh), rtol=0, atol=10 * tolerance)
+        squares = (SVh.mT @ SVh).double()  # singular vectors have no sign of their own
+        torch.testing.assert_close(
+            squares, (S * Vh).mT @ (S * Vh), rtol=0, atol=10 * tolerance * largest
+        )
+        norms = torch.linalg.vector_norm(SVh, dim=-1).double()
+        torch.testing.assert_close(norms, S[..., 0], rtol=0, atol=tolerance)
+    for part in low_rank(torch.zeros_like(matrix), 3):
+        assert torch.equal(part, torch.zeros_like(part))
 
 
 @pytest.mark.parametrize("shape", [(20, 12), (12, 20)])
