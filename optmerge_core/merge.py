@@ -10,7 +10,7 @@ import inspect
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -181,17 +181,18 @@ def parameter_merger(
         seeds = [derive_seed(seed, name, expert) for expert in task_vectors.expert_names]
         return {"generator": [torch.Generator().manual_seed(value) for value in seeds]}
 
-    def before_trimming() -> Iterator[Tensor]:
-        for name in tqdm(task_vectors, desc="trimming", unit="parameter", leave=False):
-            stack = task_vectors[name]
-            if method == "dare_ties":
-                stack = dare(stack, settings["drop_rate"], **random(name))
-            yield stack
+    def before_trimming(name: str) -> Tensor:
+        stack = task_vectors[name]
+        if method == "dare_ties":
+            stack = dare(stack, settings["drop_rate"], **random(name))
+        return stack
 
     if trim == "model":
         parameters = inspect.signature(METHODS[method]).parameters.values()
         settings = {parameter.name: parameter.default for parameter in parameters} | options
-        thresholds = model_thresholds(before_trimming, settings["density"])
+        thresholds = model_thresholds(
+            before_trimming, task_vectors, settings["density"], task_vectors.device
+        )
         options = options | {"thresholds": thresholds}
 
     def merge_parameter(name: str) -> tuple[Tensor, Tensor]:

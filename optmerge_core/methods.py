@@ -16,6 +16,8 @@ from optmerge_core.optmerge import aswudi, optmerge, swudi, wudi
 from optmerge_core.spectra import truncated_svd
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
+BLOCK = 1 << 15
+"""Entries that `ties` works on at a time on a CPU, so that what it computes stays in the cache."""
 
 
 @merge_method()
@@ -56,12 +58,28 @@ def ties(task_vectors: Tensor, *, density: float = 0.2, thresholds: Tensor | Non
             f"thresholds have shape {tuple(thresholds.shape)}; "
             f"there must be one for each of the {len(task_vectors)} experts"
         )
-    thresholds = thresholds.to(task_vectors).view(-1, *[1] * (task_vectors.ndim - 1))
-    trimmed = torch.where(task_vectors.abs() >= thresholds, task_vectors, 0)
-    signs = trimmed.sum(dim=0).sign()
-    signs = torch.where(signs == 0, signs.sum().sign(), signs)
-    agreeing = torch.where(trimmed.sign() == signs, trimmed, 0)
-    return agreeing.sum(dim=0) / agreeing.count_nonzero(dim=0).clamp(min=1)
+    thresholds, flat = thresholds.to(task_vectors).unsqueeze(1), task_vectors.flatten(1)
+    blocks = flat.split(BLOCK if flat.device.type == "cpu" else flat.shape[1], dim=1)
+    merged, balance, drawn = [], flat.new_zeros(()), []
+    for number, block in enumerate(blocks):
+        kept = block * (block.abs() >= thresholds)
+        signs = kept.sum(dim=0).sign()
+        balance += signs.sum()
+        merged.append(_mean_of_sign(kept, signs))
+        if (kept.any(dim=0) & (signs == 0)).any():
+            drawn.append(number)
+    for number in drawn:
+        kept = blocks[number] * (blocks[number].abs() >= thresholds)
+        signs = kept.sum(dim=0).sign()
+        signs = torch.where(signs == 0, balance.sign(), signs)
+        merged[number] = _mean_of_sign(kept, signs)
+    return torch.cat(merged).view(task_vectors.shape[1:])
+
+
+def _mean_of_sign(values: Tensor, signs: Tensor) -> Tensor:
+    """Mean of the values that have an entry's sign: (experts, size), (size,) -> (size,)."""
+    agreeing = (values * signs).clamp(min=0)
+    return agreeing.sum(dim=0) * signs / (agreeing > 0).sum(dim=0).clamp(min=1)
 
 
 def trim_thresholds(task_vectors: Tensor, density: float) -> Tensor:
@@ -75,6 +93,9 @@ def trim_thresholds(task_vectors: Tensor, density: float) -> Tensor:
     k = int((1 - density) * magnitudes.shape[1])
     if k == 0:
         return magnitudes.new_zeros(len(magnitudes))
+    if magnitudes.device.type == "cpu":  # selection in place, several times faster than kthvalue
+        magnitudes.numpy().partition(k - 1, axis=1)
+        return magnitudes[:, k - 1].clone()
     return magnitudes.kthvalue(k, dim=1).values
 
 

@@ -13,7 +13,9 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
+from optmerge_core.parallel import in_order
 from optmerge_core.parameters import layer_index, module_kind
 
 
@@ -84,36 +86,38 @@ def apply(
     return merged.to(dtype or base_tensor.dtype)
 
 
-def model_thresholds(stacks: Callable[[], Iterable[Tensor]], density: float) -> Tensor:
+def model_thresholds(
+    stack_of: Callable[[str], Tensor], names: Iterable[str], density: float, device: str = "cpu"
+) -> Tensor:
     """The k-th smallest magnitude of each expert over a whole model, k = int((1 - density) size).
 
-    `stacks()` yields the float32 stacks (experts, *shape) of all parameters; it is called twice.
+    `stack_of(name)` is the float32 stack (experts, *shape) of a parameter; each is asked for twice.
     Exact, in memory that does not grow with the model: the bits of a non-negative float32 sort like
     the number, so a histogram of their upper halves finds the threshold's upper half, and a second
     one, of the lower halves below that upper half, finds the rest. Returns (experts,), 0 for k = 0.
     """
-    upper = _histograms(stacks(), lambda bits, expert: bits >> 16)
+
+    def histograms(half: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """Counts (experts, 65536) of the 16 bits that `half` takes of an expert's magnitudes."""
+
+        def count(name: str) -> Tensor:
+            rows = stack_of(name).flatten(1).abs().view(torch.int32)
+            halves = [torch.bincount(half(row, i), minlength=1 << 16) for i, row in enumerate(rows)]
+            return torch.stack(halves).cpu()
+
+        progress = tqdm(list(names), desc="trimming", unit="parameter", leave=False)
+        return sum(in_order(count, progress, device))
+
+    upper = histograms(lambda bits, expert: bits >> 16)
     k = int((1 - density) * int(upper[0].sum()))
     if k == 0:
         return torch.zeros(len(upper))
     cumulative = upper.cumsum(1)
     halves = (cumulative < k).sum(1)
     below = (cumulative - upper).gather(1, halves[:, None])
-    lower = _histograms(
-        stacks(), lambda bits, expert: bits[bits >> 16 == halves[expert].item()] & 0xFFFF
-    )
+    lower = histograms(lambda bits, expert: bits[bits >> 16 == halves[expert].item()] & 0xFFFF)
     rest = (lower.cumsum(1) < k - below).sum(1)
     return (halves << 16 | rest).to(torch.int32).view(torch.float32)
-
-
-def _histograms(stacks: Iterable[Tensor], half: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """Counts (experts, 65536) of the 16 bits that `half` takes of an expert's magnitudes."""
-    counts = torch.tensor(0)
-    for stack in stacks:
-        rows = stack.flatten(1).abs().view(torch.int32)
-        halves = [torch.bincount(half(row, i), minlength=1 << 16) for i, row in enumerate(rows)]
-        counts = counts + torch.stack(halves).cpu()
-    return counts
 
 
 def layer_norms(task_vectors: TaskVectors) -> pd.DataFrame:

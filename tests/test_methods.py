@@ -343,3 +343,14 @@ def test_checking_options_has_no_effects():
     check_options("dare_ties", {"drop_rate": 0.5, "generator": generator})
     assert torch.equal(generator.get_state(), state)
     check_options("optmerge", {"on_step": pytest.fail})
+
+
+@pytest.mark.parametrize("size", [1, 6, 40])
+def test_ties_in_blocks_equals_ties_entry_by_entry(monkeypatch, size):
+    """Small whole numbers: many experts cancel exactly, so blocks are gone through twice."""
+    monkeypatch.setattr("optmerge_core.methods.BLOCK", 6)
+    stack = torch.randint(-2, 3, (4, size), generator=torch.Generator().manual_seed(size)).float()
+    for density in (0.2, 0.6, 1.0):
+        expected = reference.ties(stack, density)
+        assert torch.equal(METHODS["ties"](stack, density=density), expected)
+        assert torch.equal(METHODS["ties"](-stack, density=density), -expected)

@@ -111,4 +111,4 @@ def test_model_thresholds_equal_sorting_the_whole_model(values, density, parts):
     stacks = [part for part in whole.tensor_split(parts, dim=1) if part.numel()]
     k = int((1 - density) * len(values))
     expected = whole.abs().sort(dim=1).values[:, k - 1] if k else torch.zeros(2)
-    assert torch.equal(model_thresholds(lambda: iter(stacks), density), expected)
+    assert torch.equal(model_thresholds(stacks.__getitem__, range(len(stacks)), density), expected)
