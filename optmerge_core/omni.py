@@ -114,12 +114,17 @@ def open_specialist(source: str | Path | PreTrainedModel) -> Specialist:
 
 def _with_adapter(folder: Path) -> tuple[PreTrainedModel, Path]:
     from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
 
     given = read_json(folder / CONFIG_NAME).get("base_model_name_or_path") or ""
     base = folder / given if (folder / given).is_dir() else Path(given)
     opened = open_checkpoint(base)
     model = _load(specialist_class(opened.config()), opened.folder)
-    return PeftModel.from_pretrained(model, folder).merge_and_unload(), opened.folder
+    adapted = PeftModel.from_pretrained(model, folder)
+    for name, module in adapted.named_modules():
+        if isinstance(module, LoraLayer) and "language_model" in name:
+            module.float()  # rounded to the base's dtype, a small update would be lost
+    return adapted.merge_and_unload(), opened.folder
 
 
 def _load(model_class: type[PreTrainedModel], folder: Path, **options: Any) -> PreTrainedModel:

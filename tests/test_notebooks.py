@@ -13,6 +13,7 @@ EXPECTED = {
     "01_task_vectors",
     "02_noise_analysis",
     "03_merging",
+    "04_omni_composition",
     "05_evaluation",
     "06_when_merging_works",
 }

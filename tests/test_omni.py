@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from optmerge_core.merge import merge_tensors
-from optmerge_core.omni import OmniForConditionalGeneration, compose, language_name
+from optmerge_core.omni import OmniForConditionalGeneration, compose, language_name, open_specialist
 from optmerge_core.parameters import mergeable
 
 
@@ -228,6 +228,31 @@ def test_an_adapter_of_a_specialist(family, tmp_path):
     logits = model(input_ids=ids, modality_inputs={"vision": inputs}).logits
     wanted = expected(input_ids=ids, **inputs).logits[..., : WORDS + 1]
     torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_small_update_of_a_bfloat16_model_is_not_rounded_away(family, tmp_path):
+    model = LlavaForConditionalGeneration.from_pretrained(
+        family.folders["vision"], dtype=torch.bfloat16
+    )
+    model.save_pretrained(tmp_path / "llava")
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava", dtype=torch.float32)
+    settings = LoraConfig(r=2, target_modules=r".*language_model.*layers\.0\.mlp\.up_proj")
+    adapted = get_peft_model(model, settings)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.fill_(1e-3)
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "llava")
+    adapted.save_pretrained(tmp_path / "adapter")
+    name = "model.layers.0.mlp.up_proj.weight"
+    before = open_specialist(tmp_path / "llava")
+    after = open_specialist(tmp_path / "adapter")
+    update = after.language_model[name].float() - before.language_model[name].float()
+    scale = settings.lora_alpha / settings.r
+    torch.testing.assert_close(update, torch.full_like(update, scale * 2e-6), rtol=0.05, atol=0)
+    assert after.towers.keys() == before.towers.keys()
+    assert all(torch.equal(tensor, before.towers[n]) for n, tensor in after.towers.items())
+    assert {t.dtype for t in after.towers.values()} == {torch.bfloat16}
 
 
 def refused(family, tmp_path, specialists, message, error=ValueError):
