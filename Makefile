@@ -2,7 +2,7 @@
 # matplotlib would otherwise keep in the home folder. Needs Python 3.11 or newer and make.
 
 PYTHON ?= python3
-RECIPE ?= data/recipes/internvl.yaml data/recipes/qwen2_vl.yaml
+RECIPE ?= data/recipes/internvl.yaml data/recipes/qwen2_vl.yaml data/recipes/omni.yaml
 DEVICE ?= auto
 
 VENV := .venv
@@ -25,7 +25,7 @@ unexport MPLBACKEND
 
 help:
 	@echo "make setup      install everything into $(VENV) (again only when the pins change)"
-	@echo "make reproduce  run the notebooks on both studies; finished ones are skipped"
+	@echo "make reproduce  run the notebooks on all studies; finished ones are skipped"
 	@echo "make figures    the same from the beginning"
 	@echo "make test       every test, and every notebook against its saved outputs"
 	@echo "make lab        open the notebooks in JupyterLab"

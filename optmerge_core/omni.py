@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 import transformers
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -77,8 +79,8 @@ class LanguageModel(Mapping[str, Tensor]):
     def shape(self, name: str) -> tuple[int, ...]:
         """From the header where the weights are on disk."""
         own = self._names[name]
-        on_disk = isinstance(self.weights, Checkpoint)
-        return self.weights.shape(own) if on_disk else tuple(self.weights[own].shape)
+        weights = self.weights
+        return weights.shape(own) if isinstance(weights, Checkpoint) else weights[own].shape
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,6 @@ def open_specialist(source: str | Path | PreTrainedModel) -> Specialist:
 
 
 def _with_adapter(folder: Path) -> tuple[PreTrainedModel, Path]:
-    from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
-
     given = read_json(folder / CONFIG_NAME).get("base_model_name_or_path") or ""
     base = folder / given if (folder / given).is_dir() else Path(given)
     opened = open_checkpoint(base)

@@ -377,3 +377,12 @@ def test_the_shipped_language_model_knows_what_it_is_told():
     questions = draw_questions("validation", 10)
     table = answer_described("data/benchmark/omni/language_model", questions)
     assert accuracies(table)["Avg"] > 95
+
+
+def test_the_shipped_scores_have_three_seeds():
+    table = pd.read_csv("data/benchmark/omni/seeds.csv", index_col=["seed", "model"])
+    for seed in omni_training.SEEDS:
+        models = {*MODALITIES, "base_model", *omni_seeds.MERGES, "naive_mc", "damc"}
+        assert models == set(table.loc[seed].index)
+    average = table[list(NEEDS)].mean(axis=1)
+    pd.testing.assert_series_equal(average, table["Avg"], check_names=False, atol=1e-3)
