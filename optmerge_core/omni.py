@@ -78,9 +78,8 @@ class LanguageModel(Mapping[str, Tensor]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """From the header where the weights are on disk."""
-        own = self._names[name]
-        weights = self.weights
-        return weights.shape(own) if isinstance(weights, Checkpoint) else weights[own].shape
+        weights, own = self.weights, self._names[name]
+        return tuple(weights.shape(own) if isinstance(weights, Checkpoint) else weights[own].shape)
 
 
 @dataclass(frozen=True)
