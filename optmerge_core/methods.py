@@ -58,8 +58,12 @@ def ties(task_vectors: Tensor, *, density: float = 0.2, thresholds: Tensor | Non
             f"thresholds have shape {tuple(thresholds.shape)}; "
             f"there must be one for each of the {len(task_vectors)} experts"
         )
+    if task_vectors.is_cuda:
+        from optmerge_core import kernels
+
+        return kernels.ties(task_vectors, thresholds)
     thresholds, flat = thresholds.to(task_vectors).unsqueeze(1), task_vectors.flatten(1)
-    blocks = flat.split(BLOCK if flat.device.type == "cpu" else flat.shape[1], dim=1)
+    blocks = flat.split(BLOCK, dim=1)
     merged, balance, drawn = [], flat.new_zeros(()), []
     for number, block in enumerate(blocks):
         kept = block * (block.abs() >= thresholds)
@@ -104,6 +108,11 @@ def dare_task_arithmetic(
     task_vectors: Tensor, *, drop_rate: float = 0.2, generator: Generators = None
 ) -> Tensor:
     """Task arithmetic on task vectors with entries dropped by `dare`."""
+    if task_vectors.is_cuda:
+        from optmerge_core import kernels
+
+        kept = _draw_kept(task_vectors, drop_rate, generator)
+        return kernels.dare_sum(task_vectors, kept, drop_rate)
     return dare(task_vectors, drop_rate, generator).sum(dim=0)
 
 
@@ -128,17 +137,21 @@ def dare(task_vectors: Tensor, drop_rate: float, generator: Generators = None) -
     A sequence of generators holds one per expert, so that what is drawn for an expert need not
     depend on its position; a single one (or None, torch's own) draws for all in their order.
     """
+    return task_vectors * _draw_kept(task_vectors, drop_rate, generator) / (1 - drop_rate)
+
+
+def _draw_kept(task_vectors: Tensor, drop_rate: float, generator: Generators) -> Tensor:
+    """Where `dare` keeps an entry: bool, (experts, *shape), drawn where the generator lives."""
     check_share("drop_rate", drop_rate, zero=True)
     generators = generator if isinstance(generator, Sequence) else [generator] * len(task_vectors)
     if len(generators) != len(task_vectors):
         raise ValueError(f"{len(generators)} generators for {len(task_vectors)} experts")
-    kept = [_draw(task_vectors.shape[1:], source) >= drop_rate for source in generators]
-    return task_vectors * torch.stack(kept).to(task_vectors.device) / (1 - drop_rate)
 
+    def draw(source: torch.Generator | None) -> Tensor:
+        place = source.device if source else None
+        return torch.rand(task_vectors.shape[1:], generator=source, device=place) >= drop_rate
 
-def _draw(shape: torch.Size, generator: torch.Generator | None) -> Tensor:
-    """Uniform numbers in [0, 1), drawn where the generator lives."""
-    return torch.rand(shape, generator=generator, device=generator.device if generator else None)
+    return torch.stack([draw(source) for source in generators]).to(task_vectors.device)
 
 
 @merge_method(matrices_only=True)
