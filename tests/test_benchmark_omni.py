@@ -345,6 +345,18 @@ def test_a_described_clip_is_answered_as_the_language_model_does(built):
     assert (table["correct"] == (table["prediction"] == table["answer"])).all()
 
 
+def test_drawn_questions_take_all_that_they_need():
+    items = draw_questions("validation", 10)
+    kinds = [kind for *_, kind in items]
+    assert {kind: kinds.count(kind) for kind in NEEDS} == dict.fromkeys(NEEDS, 10)
+    for item, question, answer, kind in items:
+        assert (question, answer, kind) in questions(item)
+        if kind == "pitch of the mover":
+            assert {note.pitch for note in item.notes} == {"low", "high"}
+        if kind == "color of the still sound":
+            assert len(item.notes) > 1 and any(note.way for note in item.notes)
+
+
 def test_accuracies_by_hand():
     rows = [(kind, kind in ("color", "shape", "moving sound")) for kind in NEEDS]
     answers = pd.DataFrame(rows, columns=["kind", "correct"])

@@ -27,15 +27,29 @@ SPLITS = {"validation": 301, "test": 302}
 """Split -> seed of its clips; training draws from other seeds."""
 
 
+def takes_all(item, kind):
+    """Whether fewer modalities than `NEEDS` says leave the answer open: not by chance in this clip.
+
+    Where all notes have one pitch, it is the mover's too; where one thing sounds, that it stands
+    still need not be seen.
+    """
+    if kind == "pitch of the mover":
+        return len({note.pitch for note in item.notes}) > 1
+    return kind != "color of the still sound" or len(item.notes) > 1
+
+
 def draw_questions(split, count):
-    """[(clip, question, answer, kind)]: `count` of every kind, each about a clip of its own."""
+    """[(clip, question, answer, kind)]: `count` of every kind, each about a clip of its own.
+
+    Only about clips where the question takes all the modalities that it needs.
+    """
     found = {kind: [] for kind in NEEDS}
     index = 0
     while any(len(rows) < count for rows in found.values()):
         rng = np.random.default_rng([SPLITS[split], 12, index])
         item = clip(rng)
         open_kinds = [k for k in NEEDS if len(found[k]) < count]
-        asked = [q for q in questions(item) if q[2] in open_kinds]
+        asked = [q for q in questions(item) if q[2] in open_kinds and takes_all(item, q[2])]
         if asked:
             question, answer, kind = asked[int(rng.integers(len(asked)))]
             found[kind].append((item, question, answer, kind))

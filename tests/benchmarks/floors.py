@@ -13,27 +13,29 @@ from rich.table import Table
 RESULTS = Path(__file__).with_name("results.csv")
 
 
-def best_seconds(work: Callable[[], object], repeats: int = 5) -> float:
+def best_seconds(work: Callable[[], object], device: str = "cpu", repeats: int = 5) -> float:
     """The shortest of several runs: on a shared machine the others measure the neighbours."""
     times = []
     for _ in range(repeats):
         started = time.perf_counter()
         work()
+        if device == "cuda":
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     return min(times)
 
 
-def copy_bandwidth(megabytes: int = 256) -> float:
+def copy_bandwidth(megabytes: int = 256, device: str = "cpu") -> float:
     """Bytes read plus bytes written per second, in memory."""
-    source = torch.ones(megabytes * 10**6 // 4)
+    source = torch.ones(megabytes * 10**6 // 4, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / best_seconds(lambda: target.copy_(source))
+    return 2 * source.nbytes / best_seconds(lambda: target.copy_(source), device)
 
 
-def matmul_rate(size: int = 2048, dtype: torch.dtype = torch.float32) -> float:
+def matmul_rate(size: int = 2048, dtype: torch.dtype = torch.float32, device: str = "cpu") -> float:
     """Floating-point operations per second of a product of two square matrices."""
-    a, b = torch.randn(2, size, size, dtype=dtype)
-    return 2 * size**3 / best_seconds(lambda: a @ b)
+    a, b = torch.randn(2, size, size, dtype=dtype, device=device)
+    return 2 * size**3 / best_seconds(lambda: a @ b, device)
 
 
 def device_name() -> str:
