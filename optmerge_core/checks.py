@@ -174,12 +174,12 @@ def _shape_and_dtype(checkpoint: Checkpoint, name: str) -> str:
 
 
 def _count_not_finite(tensor: Tensor) -> int:
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() or not tensor.numel():
         return 0
     if tensor.dtype not in DTYPES.values():
         tensor = tensor.float()  # 8-bit floats have no isfinite
-    finite = torch.isfinite(tensor)
-    return 0 if finite.all() else int((~finite).sum())
+    low, high = torch.aminmax(tensor)  # NaN if there is one: no second tensor to write and read
+    return 0 if torch.isfinite(low) and torch.isfinite(high) else int((~tensor.isfinite()).sum())
 
 
 def _notice(text: str) -> None:

@@ -72,7 +72,8 @@ def merge_adapters(
         "layers_pattern": None, "inference_mode": True,
     }  # fmt: skip
     with CheckpointWriter(output_dir, 2**63, overwrite=overwrite, single=ADAPTER_NAME) as writer:
-        for module, (b, a) in merged.items():
+        for module in modules:
+            b, a = merged.pop(module)
             missing = rank - a.shape[0]
             writer.add(
                 f"{PREFIX}{module}.lora_A.weight", torch.nn.functional.pad(a, (0, 0, 0, missing))

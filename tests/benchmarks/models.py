@@ -107,11 +107,13 @@ def reading_and_writing(folder, inputs, output):
 
 
 MEASURE = """
-import json, resource, sys, time
+import json, sys, time
+from pathlib import Path
 started = time.perf_counter()
 {code}
 seconds = time.perf_counter() - started
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+lines = Path("/proc/self/status").read_text().splitlines()
+peak = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 print(json.dumps({{"seconds": seconds, "peak": peak}}))
 """
 
