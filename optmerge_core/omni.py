@@ -185,7 +185,7 @@ def compose(
     device: str = "auto",
     seed: int = 0,
     overwrite: bool = False,
-    max_shard_size: int | str = "1GB",
+    max_shard_size: int | str = "500MB",
 ) -> Path:
     """Merge the specialists' language models and write one Omni model with all their towers.
 

@@ -49,23 +49,32 @@ def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     eigenvectors are in float64. |S Vh| is good to the eps of the matrix's own dtype times S1.
     """
     rows, columns = matrix.shape[-2:]
-    exact = matrix.double()
     if rows < columns:
-        U = torch.linalg.eigh(exact @ exact.mT).eigenvectors[..., -rank:]
+        U = torch.linalg.eigh(_gram(matrix.mT)).eigenvectors[..., -rank:]
         U = U.flip(-1).to(matrix.dtype)
         SVh = U.mT @ matrix
         return U @ SVh, SVh
-    squares, V = torch.linalg.eigh(exact.mT @ exact)
+    squares, V = torch.linalg.eigh(_gram(matrix))
     S = squares[..., -rank:].clamp(min=0).sqrt().flip(-1).to(matrix.dtype)
     V = V[..., -rank:].flip(-1).to(matrix.dtype)
     return matrix @ V @ V.mT, S.unsqueeze(-1) * V.mT
 
 
+def _gram(matrix: Tensor) -> Tensor:
+    """AᵀA in float64, (..., m, n) -> (..., n, n), of one matrix of the batch after the other.
+
+    So that no more than one matrix is ever held in float64.
+    """
+    if matrix.ndim > 2:
+        return torch.stack([_gram(part) for part in matrix])
+    exact = matrix.double()
+    return exact.mT @ exact
+
+
 def singular_values(matrix: Tensor) -> Tensor:
     """All singular values (..., min(m, n)), descending; accuracy as in `truncated_svd`."""
     rows, columns = matrix.shape[-2:]
-    tall = (matrix.mT if rows < columns else matrix).double()
-    squares = torch.linalg.eigvalsh(tall.mT @ tall)
+    squares = torch.linalg.eigvalsh(_gram(matrix.mT if rows < columns else matrix))
     return _resolved_roots(squares, max(rows, columns)).flip(-1).to(matrix.dtype)
 
 

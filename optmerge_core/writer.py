@@ -31,7 +31,7 @@ class CheckpointWriter:
     def __init__(
         self,
         output_dir: str | Path,
-        max_shard_size: int | str = "1GB",
+        max_shard_size: int | str = "500MB",
         *,
         overwrite: bool = False,
         expected_bytes: int = 0,
