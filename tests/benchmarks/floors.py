@@ -56,7 +56,7 @@ def record(rows: list[dict]) -> None:
         keys = ["device", "case"]
         again = old.set_index(keys).index.isin(new.set_index(keys).index)
         new = pd.concat([old[~again], new])
-    new.round(4).to_csv(RESULTS, index=False)
+    new.to_csv(RESULTS, index=False, float_format="%.4g")
 
 
 def show(title: str, rows: list[dict]) -> None:
