@@ -18,7 +18,9 @@ from torch import Tensor
 
 from optmerge_core.contract import check_choice, check_share, merge_method
 from optmerge_core.interference import OnStep, adam, interference, ridge, sgd
-from optmerge_core.spectra import low_rank
+from optmerge_core.spectra import low_rank, randomized_low_rank
+
+LOW_RANK = {"exact": low_rank, "randomized": randomized_low_rank}
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,13 @@ class Settings:
     steps: int = 300
     rank_ratio: float | None = None
     shrink: float = 0.1
+    svd: str = "exact"
 
     def __post_init__(self) -> None:
         check_choice("subspace", self.subspace, ("uncentered", "centered", "whole"))
         check_choice("init", self.init, ("sum", "mean", "zero"))
         check_choice("optimizer", self.optimizer, ("adam", "sgd", "ridge"))
+        check_choice("svd", self.svd, LOW_RANK)
         check_choice("learning_rate_unit", self.learning_rate_unit, ("absolute", "rms"))
         check_share("momentum", self.momentum, zero=True)
         if self.rank_ratio is not None:
@@ -114,6 +118,7 @@ def optmerge(
     steps: int | None = None,
     rank_ratio: float | None = None,
     shrink: float | None = None,
+    svd: str | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """OptMerge, Eq. 2–3: (experts, m, n) -> (m, n). An option left at None is the preset's.
@@ -130,6 +135,7 @@ def optmerge(
                         makes Adam's steps, else in units of weights, follow the weights' size
     steps               number of steps of "adam" or "sgd"
     shrink              weight of ‖τ − start‖²F beside the loss, in mean eigenvalues of C
+    svd                 "exact", or "randomized" (a sketch), which is faster for large matrices
     on_step             called with (step, loss, ‖τ‖F) at the start, step 0, and after each step
     """
     check_choice("preset", preset, PRESETS)
@@ -144,6 +150,7 @@ def optmerge(
         "steps": steps,
         "rank_ratio": rank_ratio,
         "shrink": shrink,
+        "svd": svd,
     }
     given = {name: value for name, value in overrides.items() if value is not None}
     return minimise_interference(task_vectors, replace(PRESETS[preset], **given), on_step)
@@ -188,7 +195,7 @@ def targets_and_subspaces(task_vectors: Tensor, settings: Settings) -> tuple[Ten
         matrices = task_vectors - mean if center else task_vectors
         if rank == smaller_side:
             return matrices, matrices
-        return low_rank(matrices, rank)
+        return LOW_RANK[settings.svd](matrices, rank)
 
     targets, subspaces = truncate(settings.center)
     if settings.center:

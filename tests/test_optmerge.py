@@ -364,3 +364,18 @@ def test_the_settings_are_the_published_ones():
     assert published == {
         "full": ("adam", 1e-5, 300), "lora": ("sgd", 1e-4, 300), "modality": ("sgd", 5e-2, 300),
     }  # fmt: skip
+
+
+def test_a_randomized_svd_merges_low_rank_experts_as_the_exact_one_does():
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(3, *s, generator=generator) for s in ((120, 8), (8, 90)))
+    stack = 1e-3 * (left @ right)
+    exact = optmerge(stack, preset="lora")
+    found = optmerge(stack, preset="lora", svd="randomized")
+    assert torch.linalg.norm(found - exact) < 1e-5 * torch.linalg.norm(exact)
+    noisy = stack + 1e-3 * torch.randn(stack.shape, generator=generator)
+    exact = optmerge(noisy, preset="lora")
+    found = optmerge(noisy, preset="lora", svd="randomized")
+    assert 1e-5 < torch.linalg.norm(found - exact) / torch.linalg.norm(exact) < 0.05
+    with pytest.raises(ValueError, match="svd is 'quick'; valid are 'exact', 'randomized'"):
+        optmerge(stack, svd="quick")

@@ -11,6 +11,7 @@ from optmerge_core.spectra import (
     entropy_rank,
     gavish_donoho_threshold,
     low_rank,
+    randomized_low_rank,
     rounding_noise,
     sign_conflict_matrix,
     singular_values,
@@ -85,6 +86,26 @@ def test_low_rank_equals_torchs_svd(matrix, dtype):
         torch.testing.assert_close(norms, S[..., 0], rtol=0, atol=tolerance)
     for part in low_rank(torch.zeros_like(matrix), 3):
         assert torch.equal(part, torch.zeros_like(part))
+
+
+@pytest.mark.parametrize("shape", [(90, 60), (60, 90), (2, 70, 70)])
+def test_a_sketch_is_nearly_as_good_as_the_best_approximation(shape):
+    signal = randn(*shape[:-1], 8) @ randn(8, shape[-1], seed=1)
+    for noise, excess in ((0.0, 1e-6), (0.1, 1.01), (1.0, 1.1)):
+        matrix = signal + noise * randn(*shape, seed=2)
+        best, _ = low_rank(matrix, 10)
+        found, SVh = randomized_low_rank(matrix, 10)
+        error = torch.linalg.matrix_norm(matrix - found)
+        if noise:
+            assert (error <= excess * torch.linalg.matrix_norm(matrix - best)).all()
+        else:
+            assert (error <= excess * torch.linalg.matrix_norm(matrix)).all()
+        squares = torch.linalg.matrix_norm(found).square()
+        torch.testing.assert_close(torch.linalg.matrix_norm(SVh).square(), squares)
+        again = randomized_low_rank(matrix, 10)
+        assert torch.equal(found, again[0]) and torch.equal(SVh, again[1])
+    whole, _ = randomized_low_rank(matrix, 100)  # no more than there is
+    torch.testing.assert_close(whole, matrix)
 
 
 @pytest.mark.parametrize("shape", [(20, 12), (12, 20)])

@@ -10,6 +10,7 @@ FOLDER = Path(__file__).with_name("benchmarks")
 CALLS = {
     "layer": ["--scales", "0.05", "--steps", "3"],
     "models": ["--scale", "0.05"],
+    "scaling": ["--small"],
     "device": ["--device", "cpu", "--scale", "0.01", "--methods", "ties", "optmerge"],
 }
 

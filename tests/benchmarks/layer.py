@@ -45,17 +45,17 @@ def task_vectors(shape, seed, rank=16):
     return 1e-3 * (U @ V / rank**0.5 + 0.1 * noise)
 
 
-def floor_flops(shape, preset, steps):
+def floor_flops(shape, preset, steps, experts=EXPERTS):
     """Products only: Gram matrices and their use in the SVDs, C and D, and Adam's steps."""
     rows, columns = shape
     small, large = sorted(shape)
-    rank = small // EXPERTS
+    rank = small // experts
     decompositions = 1 if preset == "lora" else 2
-    svd = decompositions * EXPERTS * 2 * large * small * (small + rank)
-    form = EXPERTS * 2 * rank * columns * (2 * rows if preset == "lora" else 2 * rows + columns)
-    descent = 4 * rows * columns * min(EXPERTS * rank, columns)
+    svd = decompositions * experts * 2 * large * small * (small + rank)
+    form = experts * 2 * rank * columns * (2 * rows if preset == "lora" else 2 * rows + columns)
+    descent = 4 * rows * columns * min(experts * rank, columns)
     if preset == "full":
-        descent = steps * 2 * rows * columns * min(columns, 2 * EXPERTS * rank)
+        descent = steps * 2 * rows * columns * min(columns, 2 * experts * rank)
     return svd + form + descent
 
 
@@ -94,9 +94,31 @@ def measure(scale, preset, steps, loop_steps, rate):
     return row
 
 
+def measure_randomized(scale, rate):
+    """The LoRA preset with a sketch instead of eigenproblems, beside the exact one."""
+    shapes = [tuple(int(scale * side) for side in shape) for shape in SHAPES.values()]
+    stacks = [task_vectors(shape, seed) for seed, shape in enumerate(shapes)]
+    merged, spent = {}, {}
+    for svd in ("randomized", "exact"):
+        spent[svd], merged[svd] = seconds(
+            lambda svd=svd: list(in_order(lambda x: optmerge(x, preset="lora", svd=svd), stacks))
+        )
+    pairs = list(zip(merged["randomized"], merged["exact"], strict=True))
+    errors = sum((x - y).square().sum() for x, y in pairs)
+    return {
+        "case": f"one layer of InternVL2.5-1B, scale {scale:g}, lora preset, randomized SVD",
+        "floor (s)": sum(floor_flops(shape, "lora", 300) for shape in shapes) / rate,
+        "ours (s)": spent["randomized"],
+        "other": "ours, exact",
+        "other (s)": spent["exact"],
+        "difference": float((errors / sum(y.square().sum() for _, y in pairs)).sqrt()),
+    }
+
+
 def main(scales, presets, steps, loop_steps):
     rate = matmul_rate()
     rows = [measure(*case, steps, loop_steps, rate) for case in product(scales, presets)]
+    rows += [measure_randomized(scale, rate) for scale in scales]
     if steps == 300:
         record(rows)
     show("one layer", rows)
