@@ -7,6 +7,7 @@ each: seconds, the floor, the peak of memory above the start).
 """
 
 import argparse
+import ctypes
 import time
 from pathlib import Path
 
@@ -23,12 +24,14 @@ from optmerge_core.report import peak_memory, reset_peak_memory
 EXPERTS, WIDTHS, RANKS = (2, 3, 5, 10, 20), (128, 256, 512, 1024, 2048), (4, 8, 16, 32, 64)
 OPTIONS = {"optmerge": {"preset": "lora"}}
 CPU = torch.device("cpu")
+LIBC = ctypes.CDLL("libc.so.6")
 
 
 def measure(varied, value, method, work, inputs, floor):
     """A row: the shortest of three runs, and what its memory peaks above the inputs."""
     seconds = []
     for _ in range(3):
+        LIBC.malloc_trim(0)  # memory that was freed but kept would hide what is needed
         reset_peak_memory(CPU)
         before, _ = peak_memory(CPU)
         started = time.perf_counter()
