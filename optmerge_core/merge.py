@@ -107,7 +107,7 @@ def merge(
         return in_range(name, tensor.to("cpu", stored[name])), record
 
     def memory(name: str) -> int:
-        """Bytes that a parameter takes at most while it is merged: some ten stacks (measured)."""
+        """Bytes that a parameter takes at most while it is merged: some ten stacks in float32."""
         return 40 * len(opened) * math.prod(base.shape(name)) if name in merging else 0
 
     with writer:

@@ -12,8 +12,8 @@ import time
 
 import torch
 from floors import copy_bandwidth, matmul_rate, record, show
-from layer import floor_flops
-from models import EXPERTS, QWEN2VL_7B, RANK, linear_shapes
+from layer import EXPERTS, floor_flops, layer_shapes
+from models import QWEN2VL_7B, RANK
 
 from optmerge_core.methods import METHODS
 
@@ -39,12 +39,10 @@ def measure(method, device, scale, rates):
     bandwidth, rate = rates
     layers, seconds, floor = QWEN2VL_7B["layers"], 0.0, 0.0
     generator = torch.Generator(device).manual_seed(0)
-    shapes = linear_shapes(QWEN2VL_7B | {"layers": 1}, scale)
-    one = {name: s for name, s in shapes.items() if name.startswith("model.layers.0.")}
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     METHODS[method](stack_of((64, 64), device, generator), **OPTIONS.get(method, {}))
-    for shape in one.values():
+    for shape in layer_shapes(QWEN2VL_7B, scale).values():
         stack = stack_of(shape, device, generator)
         wait(device)
         started = time.perf_counter()

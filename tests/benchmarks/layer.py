@@ -22,17 +22,23 @@ from optmerge_core.parallel import in_order
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import reference  # noqa: E402
 
-HIDDEN, INTERMEDIATE, KEY_VALUE, EXPERTS = 896, 4864, 128, 5
-SHAPES = {
-    "q_proj": (HIDDEN, HIDDEN),
-    "k_proj": (KEY_VALUE, HIDDEN),
-    "v_proj": (KEY_VALUE, HIDDEN),
-    "o_proj": (HIDDEN, HIDDEN),
-    "gate_proj": (INTERMEDIATE, HIDDEN),
-    "up_proj": (INTERMEDIATE, HIDDEN),
-    "down_proj": (HIDDEN, INTERMEDIATE),
-}
+EXPERTS = 5
+INTERNVL_1B = {"hidden": 896, "intermediate": 4864, "key_value": 128, "layers": 24, "vocab": 151674}
 LOOPS = {"lora": reference.optmerge_lora, "full": reference.optmerge_full}
+
+
+def layer_shapes(model, scale=1.0):
+    """Shape of every linear layer of one transformer layer, by its name in the checkpoint."""
+    hidden, inner, kv = (int(scale * model[k]) for k in ("hidden", "intermediate", "key_value"))
+    return {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
 
 
 def task_vectors(shape, seed, rank=16):
@@ -67,7 +73,7 @@ def seconds(work):
 
 def measure(scale, preset, steps, loop_steps, rate):
     """One row of the table: the layer's matrices merged by the loop and by ours."""
-    shapes = [tuple(int(scale * side) for side in shape) for shape in SHAPES.values()]
+    shapes = list(layer_shapes(INTERNVL_1B, scale).values())
     stacks = [task_vectors(shape, seed) for seed, shape in enumerate(shapes)]
     few = min(steps, loop_steps) if scale > 0.5 else steps
 
@@ -96,7 +102,7 @@ def measure(scale, preset, steps, loop_steps, rate):
 
 def measure_randomized(scale, rate):
     """The LoRA preset with a sketch instead of eigenproblems, beside the exact one."""
-    shapes = [tuple(int(scale * side) for side in shape) for shape in SHAPES.values()]
+    shapes = list(layer_shapes(INTERNVL_1B, scale).values())
     stacks = [task_vectors(shape, seed) for seed, shape in enumerate(shapes)]
     merged, spent = {}, {}
     for svd in ("randomized", "exact"):

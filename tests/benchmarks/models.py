@@ -17,13 +17,12 @@ from tempfile import TemporaryDirectory
 
 import torch
 from floors import matmul_rate, record, show
-from layer import floor_flops
+from layer import EXPERTS, INTERNVL_1B, floor_flops, layer_shapes
 from safetensors.torch import load_file, save_file
 
 from optmerge_core.writer import CheckpointWriter
 
-EXPERTS, RANK = 5, 16
-INTERNVL_1B = {"hidden": 896, "intermediate": 4864, "key_value": 128, "layers": 24, "vocab": 151674}
+RANK = 16
 QWEN2VL_7B = {
     "hidden": 3584, "intermediate": 18944, "key_value": 512, "layers": 28, "vocab": 152064,
 }  # fmt: skip
@@ -32,16 +31,7 @@ HALF_B = INTERNVL_1B | {"layers": 16}  # six files of about 0.75 GB in bfloat16
 
 def linear_shapes(model, scale=1.0):
     """Shape of every linear layer, by its name in the checkpoint."""
-    hidden, inner, kv = (int(scale * model[k]) for k in ("hidden", "intermediate", "key_value"))
-    one = {
-        "self_attn.q_proj": (hidden, hidden),
-        "self_attn.k_proj": (kv, hidden),
-        "self_attn.v_proj": (kv, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
+    one = layer_shapes(model, scale)
     layers = range(model["layers"] if scale == 1 else 2)
     return {f"model.layers.{i}.{name}": shape for i in layers for name, shape in one.items()}
 
