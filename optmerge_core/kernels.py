@@ -20,7 +20,7 @@ def _ties_kernel(
 ):  # fmt: skip
     tile = tl.program_id(0)
     entries = tile.to(tl.int64) * TILE + tl.arange(0, TILE)
-    experts = tl.arange(0, PADDED)
+    experts = tl.arange(0, PADDED).to(tl.int64)  # experts * size may pass 2^31
     inside = (experts < EXPERTS)[:, None] & (entries < size)[None, :]
     values = tl.load(stack + experts[:, None] * size + entries[None, :], mask=inside, other=0.0)
     limits = tl.load(thresholds + experts, mask=experts < EXPERTS, other=0.0)
@@ -44,7 +44,7 @@ def _dare_kernel(
     EXPERTS: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     entries = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    experts = tl.arange(0, PADDED)
+    experts = tl.arange(0, PADDED).to(tl.int64)  # experts * size may pass 2^31
     inside = (experts < EXPERTS)[:, None] & (entries < size)[None, :]
     places = experts[:, None] * size + entries[None, :]
     values = tl.load(stack + places, mask=inside, other=0.0)
