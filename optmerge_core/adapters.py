@@ -64,9 +64,13 @@ class Factors(Mapping[str, tuple[Tensor, Tensor]]):
         a, b = self._keys[module]
         return self.weights.shape(b)[0], self.weights.shape(a)[1]
 
+    def rank(self, module: str) -> int:
+        """r, from the header."""
+        return self.weights.shape(self._keys[module][0])[0]
+
     def scale(self, module: str) -> float:
         """alpha / r or alpha / sqrt(r), by PEFT's `alpha_pattern` if it has the module."""
-        alpha, rank = self.settings["lora_alpha"], self.weights.shape(self._keys[module][0])[0]
+        alpha, rank = self.settings["lora_alpha"], self.rank(module)
         for pattern, value in (self.settings.get("alpha_pattern") or {}).items():
             if re.match(rf"(?:.*\.)?(?:{pattern})$", module):
                 alpha = value

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
 from optmerge_core.adapters import CONFIG_NAME, PREFIX, Factors
@@ -59,26 +60,29 @@ def merge_adapters(
     modules = list(dict.fromkeys(module for factors in opened.values() for module in factors))
     shapes = _common_shapes(opened, modules)
 
-    def result(module: str) -> tuple[Tensor, Tensor]:
-        pairs = [factors.get(module) for factors in opened.values()]
-        return merge_factors(pairs, method, options, scaling_coefficient, shapes[module])
+    ranks = {
+        module: min(sum(f.rank(module) for f in opened.values() if module in f), *shapes[module])
+        for module in modules
+    }
+    rank = max(ranks.values())
 
-    progress = tqdm(modules, desc=f"merging adapters ({method})", unit="module")
-    merged = dict(zip(progress, in_order(result, modules), strict=True))
-    rank = max(a.shape[0] for _, a in merged.values())
+    def result(module: str) -> tuple[Tensor, Tensor]:
+        """Factors of one rank for all modules, as PEFT wants them: the smaller ones padded by 0."""
+        pairs = [factors.get(module) for factors in opened.values()]
+        b, a = merge_factors(pairs, method, options, scaling_coefficient, shapes[module])
+        missing = rank - ranks[module]
+        return pad(b, (0, missing)).contiguous(), pad(a, (0, 0, 0, missing)).contiguous()
+
     settings = next(iter(opened.values())).settings | {
         "r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
         "target_modules": modules, "exclude_modules": None, "layers_to_transform": None,
         "layers_pattern": None, "inference_mode": True,
     }  # fmt: skip
+    progress = tqdm(modules, desc=f"merging adapters ({method})", unit="module")
     with CheckpointWriter(output_dir, 2**63, overwrite=overwrite, single=ADAPTER_NAME) as writer:
-        for module in modules:
-            b, a = merged.pop(module)
-            missing = rank - a.shape[0]
-            writer.add(
-                f"{PREFIX}{module}.lora_A.weight", torch.nn.functional.pad(a, (0, 0, 0, missing))
-            )
-            writer.add(f"{PREFIX}{module}.lora_B.weight", torch.nn.functional.pad(b, (0, missing)))
+        for module, (b, a) in zip(progress, in_order(result, modules), strict=True):
+            writer.add(f"{PREFIX}{module}.lora_A.weight", a)
+            writer.add(f"{PREFIX}{module}.lora_B.weight", b)
         writer.write_text(CONFIG_NAME, json.dumps(settings, indent=2) + "\n")
     return Path(output_dir)
 
@@ -139,7 +143,7 @@ def merge_cores(
         return METHODS[method](cores) * small / whole
     if method == "tsv":  # it keeps small // experts directions of each: no fewer than there are
         missing = max(experts * min(whole // experts, small) - small, 0)
-        padded = METHODS[method](torch.nn.functional.pad(cores, (0, missing, 0, missing)))
+        padded = METHODS[method](pad(cores, (0, missing, 0, missing)))
         return padded[: cores.shape[1], : cores.shape[2]]
     if method == "swudi":
         kept = math.ceil(options.get("rank_ratio", 0.65) * shape[1])
