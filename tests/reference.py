@@ -48,8 +48,16 @@ def wudi(task_vectors, learning_rate=1e-5, optimizer="adam", momentum=0.9, steps
     )
 
 
-def optmerge_full(task_vectors, learning_rate=1e-5, steps=300, paper=False):
-    """Centred targets; the subspace of the uncentred SVD (released code) or the centred (paper)."""
+def leading(S: Tensor, Vh: Tensor, rows: int) -> Tensor:
+    """ΣV of the leading directions, below them zeros up to `rows` (0: none)."""
+    return torch.nn.functional.pad(torch.diag(S) @ Vh, (0, 0, 0, max(rows - len(S), 0)))
+
+
+def optmerge_full(task_vectors, learning_rate=1e-5, steps=300, paper=False, pad=False):
+    """Centred targets; the subspace of the uncentred SVD (released code) or the centred (paper).
+
+    pad: multiply with all m rows of ΣV, most of them 0, as the released code does.
+    """
     experts, rows, columns = task_vectors.shape
     rank = max(min(rows, columns) // experts, 1)
     mean = task_vectors.mean(0)
@@ -59,19 +67,19 @@ def optmerge_full(task_vectors, learning_rate=1e-5, steps=300, paper=False):
         targets.append(U @ torch.diag(S) @ Vh + mean)
         if not paper:
             _, S, Vh = svd(task_vector, rank)
-        subspaces.append(torch.diag(S) @ Vh)
+        subspaces.append(leading(S, Vh, rows if pad else 0))
     start = task_vectors.sum(0)
     return descend(task_vectors, targets, subspaces, start, "adam", learning_rate, 0.0, steps)
 
 
-def optmerge_lora(task_vectors, learning_rate=1e-4, steps=300):
+def optmerge_lora(task_vectors, learning_rate=1e-4, steps=300, pad=False):
     experts, rows, columns = task_vectors.shape
     rank = max(min(rows, columns) // experts, 1)
     targets, subspaces = [], []
     for task_vector in task_vectors:
         U, S, Vh = svd(task_vector, rank)
         targets.append(U @ torch.diag(S) @ Vh)
-        subspaces.append(torch.diag(S) @ Vh)
+        subspaces.append(leading(S, Vh, rows if pad else 0))
     start = task_vectors.mean(0)
     return descend(task_vectors, targets, subspaces, start, "sgd", learning_rate, 0.9, steps)
 
