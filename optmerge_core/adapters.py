@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from optmerge_core.checkpoints import (
-    ADAPTER_NAME,
     Checkpoint,
     CheckpointError,
     open_checkpoint,
     read_json,
 )
+from optmerge_core.parameters import other_names
 
 CONFIG_NAME = "adapter_config.json"
 PREFIX = "base_model.model."  # what PEFT puts before a module's path
@@ -46,16 +47,17 @@ class Factors(Mapping[str, tuple[Tensor, Tensor]]):
             match = FACTOR.fullmatch(key)
             if match is None:
                 raise CheckpointError(
-                    f"{self.folder / ADAPTER_NAME}: {key!r} is not a LoRA factor of a linear "
-                    f"layer; {REMEDY}"
+                    f"{weights.files[0]}: {key!r} is not a LoRA factor of a linear layer; {REMEDY}"
                 )
             found.setdefault(match["module"], {})[match["side"]] = key
+        if not found:
+            raise CheckpointError(f"{self.folder}: no LoRA factors; save the adapter again")
         self._keys = {module: (keys.get("A"), keys.get("B")) for module, keys in found.items()}
         for module, keys in self._keys.items():
             a, b = (weights.shape(key) if key else (0, 0) for key in keys)
             if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not a[0]:
                 raise CheckpointError(
-                    f"{self.folder / ADAPTER_NAME}: {module} has factors A {a} and B {b}, which "
+                    f"{weights.files[0]}: {module} has factors A {a} and B {b}, which "
                     "must be (r, inputs) and (outputs, r); save the adapter again"
                 )
 
@@ -94,8 +96,21 @@ class Factors(Mapping[str, tuple[Tensor, Tensor]]):
         used = [key for key in UNSUPPORTED if self.settings.get(key)]
         if used:
             raise CheckpointError(f"{path}: the adapter uses {', '.join(used)}; {REMEDY}")
-        if not isinstance(self.settings.get("lora_alpha"), int | float):
-            raise CheckpointError(f"{path}: lora_alpha is not a number; save the adapter again")
+        pattern = self.settings.get("alpha_pattern") or {}
+        if not isinstance(pattern, dict):
+            raise CheckpointError(f"{path}: alpha_pattern is no mapping; save the adapter again")
+        for key, alpha in {"lora_alpha": self.settings.get("lora_alpha"), **pattern}.items():
+            if not isinstance(alpha, int | float) or not abs(alpha) < 1e30:  # NaN neither
+                raise CheckpointError(
+                    f"{path}: {key} is not a number ({str(alpha)[:40]}); save the adapter again"
+                )
+        try:
+            for key in pattern:
+                re.compile(f"(?:{key})$")
+        except (re.error, OverflowError, RecursionError) as error:
+            raise CheckpointError(
+                f"{path}: alpha_pattern is no regular expression ({error}); save the adapter again"
+            ) from error
 
 
 class Adapter(Mapping[str, Tensor]):
@@ -109,6 +124,7 @@ class Adapter(Mapping[str, Tensor]):
     def __init__(self, weights: Checkpoint, base: Checkpoint):
         self.base, self.weights, self.factors = base, weights, Factors(weights)
         self.folder, self.revision = weights.folder, weights.revision
+        self.source = weights.source
         self.modules: dict[str, str] = {}
         for module in self.factors:
             name = parameter_of(module, base)
@@ -150,37 +166,92 @@ class Adapter(Mapping[str, Tensor]):
         return self.weights.sha256()
 
 
-def open_expert(location: str | Path, base: Checkpoint) -> Checkpoint | Adapter:
-    """An expert of `base`: a whole checkpoint, or a PEFT LoRA adapter (folders or hub ids)."""
-    opened = open_checkpoint(location, adapter=True)
-    if [file.name for file in opened.files] == [ADAPTER_NAME]:
+class Renamed(Mapping[str, Tensor]):
+    """A checkpoint under the base's names: `own_names` maps the base's name to the one in the file.
+
+    All else, `config` or `folder`, is the checkpoint's own.
+    """
+
+    def __init__(self, weights: Checkpoint, own_names: Mapping[str, str]):
+        self.weights, self.own_names = weights, own_names
+        renamed = {theirs: ours for ours, theirs in own_names.items()}
+        self.names = {renamed.get(name, name): name for name in weights}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.weights[self.names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.weights.shape(self.names[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.weights.dtype(self.names[name])
+
+    def nbytes(self, name: str) -> int:
+        return self.weights.nbytes(self.names[name])
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: self.shape(name) for name in self}
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute == "weights":  # not set yet: do not ask it for itself
+            raise AttributeError(attribute)
+        return getattr(self.weights, attribute)
+
+
+def open_expert(
+    location: str | Path, base: Checkpoint, stream: bool = False
+) -> Checkpoint | Adapter | Renamed:
+    """An expert of `base`: a whole checkpoint, or a PEFT LoRA adapter; see `open_checkpoint`.
+
+    A checkpoint with other names for the base's parameters (`parameters.other_names`) gets these.
+    """
+    opened = open_checkpoint(location, adapter=True, stream=stream)
+    if opened.is_adapter:
         return Adapter(opened, base)
-    return opened
+    own_names = other_names(base, opened)
+    return Renamed(opened, own_names) if own_names else opened
 
 
 def parameter_of(module: str, base: Checkpoint) -> str:
     """The base's parameter on disk that a module's path in memory stands for.
 
-    Their names differ at the front (`language_model.model.layers.0…` on disk,
-    `model.language_model.layers.0…` in memory), so the longest common end decides, down to the
-    layer's number at least; then the number of common words. Raises `CheckpointError`.
+    Raises `CheckpointError` if there is none, or more than one.
     """
-    path = f"{module}.weight".split(".")
-    least = next((i for i, part in enumerate(reversed(path), 1) if part.isdigit()), 2)
-    ranked: dict[tuple[int, int], list[str]] = {}
-    for name in base:
-        parts = name.split(".")
-        common = 0
-        for ours, theirs in zip(reversed(path), reversed(parts), strict=False):
-            if ours != theirs:
-                break
-            common += 1
-        if common >= least:
-            ranked.setdefault((common, len(set(path) & set(parts))), []).append(name)
-    best = ranked[max(ranked)] if ranked else []
+    best = closest_names(f"{module}.weight", base)
     if len(best) != 1:
         raise CheckpointError(
             f"{base.folder}: the adapter's module {module} stands for "
             f"{' or '.join(best) or 'none'} of its parameters; is it another base model's adapter?"
         )
     return best[0]
+
+
+def closest_names(name: str, candidates: Iterable[str]) -> list[str]:
+    """Those of the candidates that may be the same parameter, on disk or in memory.
+
+    Names differ at the front (`language_model.model.layers.0…` on disk,
+    `model.language_model.layers.0…` in memory), so the longest common end decides, down to the
+    layer's number at least; then the number of common words.
+    """
+    path = name.split(".")
+    least = next((i for i, part in enumerate(reversed(path), 1) if part.isdigit()), 2)
+    ranked: dict[tuple[int, int], list[str]] = {}
+    for candidate in candidates:
+        parts = candidate.split(".")
+        common = 0
+        for ours, theirs in zip(reversed(path), reversed(parts), strict=False):
+            if ours != theirs:
+                break
+            common += 1
+        if common >= least:
+            ranked.setdefault((common, len(set(path) & set(parts))), []).append(candidate)
+    return ranked[max(ranked)] if ranked else []

@@ -24,7 +24,6 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from optmerge_core.adapters import CONFIG_NAME
 from optmerge_core.checkpoints import (
-    ADAPTER_NAME,
     Checkpoint,
     CheckpointError,
     open_checkpoint,
@@ -99,7 +98,7 @@ def open_specialist(source: str | Path | PreTrainedModel) -> Specialist:
     if not isinstance(source, PreTrainedModel):
         opened = open_checkpoint(source, adapter=True)
         folder, config = opened.folder, opened.config()
-        if opened.files[0].name == ADAPTER_NAME:
+        if opened.is_adapter:
             source, folder = _with_adapter(folder)
         else:
             shrunk = without_layers(config)

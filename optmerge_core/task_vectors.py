@@ -47,7 +47,11 @@ class TaskVectors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._offered:
             raise KeyError(name)
-        base = self.base[name].to(self.device, torch.float32)
+        return self.stack(name, self.base[name])
+
+    def stack(self, name: str, base_tensor: Tensor) -> Tensor:
+        """The same where the base's tensor is at hand, so that it is not read once more."""
+        base = base_tensor.to(self.device, torch.float32)
         stack = torch.empty((len(self.experts), *base.shape), device=self.device)
         for task_vector, (expert_name, expert) in zip(stack, self.experts.items(), strict=True):
             if hasattr(expert, "task_vector"):  # an adapter

@@ -1,5 +1,7 @@
 import json
+import pickle
 import shutil
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -7,6 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from optmerge_core import pickles
+from optmerge_core.adapters import open_expert
 from optmerge_core.checkpoints import INDEX_NAME, CheckpointError, open_checkpoint
 from optmerge_core.writer import CheckpointWriter, side_files
 
@@ -106,19 +110,127 @@ def test_damaged_folders_are_refused_with_file_and_remedy(sharded, tmp_path):
     damaged(f"{INDEX_NAME}: no weight_map", lambda f: (f / INDEX_NAME).write_text("{}"))
 
 
-def test_folders_without_safetensors_are_refused(tmp_path):
+def test_folders_without_weights_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no safetensors weights"):
         open_checkpoint(tmp_path)
-    torch.save({}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"pickles \(pytorch_model.bin\).*convert"):
+    torch.save({}, tmp_path / "training_args.bin")
+    with pytest.raises(CheckpointError, match=r"known name \(training_args.bin\); convert"):
         open_checkpoint(tmp_path)
-    save_file({"a": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(CheckpointError, match="PEFT adapter"):
+    for suffix in ("bin", "safetensors"):
+        (tmp_path / f"adapter_model.{suffix}").write_bytes(b"")
+        with pytest.raises(CheckpointError, match="PEFT adapter"):
+            open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickles_are_read_where_there_are_no_safetensors(tmp_path, zipped, monkeypatch):
+    monkeypatch.setattr(pickles, "KEPT_BYTES", 30)  # so that files are mapped more than once
+    tied = TENSORS | {"t": TENSORS["b"], "p": torch.nn.Parameter(TENSORS["b"].mT)}
+    format = {"_use_new_zipfile_serialization": zipped}
+    torch.save(tied, tmp_path / "pytorch_model.bin", **format)
+    for _ in range(2):
+        assert same(open_checkpoint(tmp_path), tied)
+    assert open_checkpoint(tmp_path).shape("p") == (3, 2)
+    assert not open_checkpoint(tmp_path)["p"].requires_grad
+    (tmp_path / "pytorch_model.bin").unlink()
+    shards = {"pytorch_model-00001-of-00002.bin": ["a"], "pytorch_model-00002-of-00002.bin": ["b"]}
+    for shard, names in shards.items():
+        torch.save({name: TENSORS[name] for name in names}, tmp_path / shard, **format)
+    index = {"weight_map": {name: shard for shard, names in shards.items() for name in names}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    checkpoint = open_checkpoint(tmp_path)
+    assert same(checkpoint, {name: TENSORS[name] for name in "ab"})
+    assert set(checkpoint.sha256()) == set(shards)
+    index["weight_map"]["a"] = "../pytorch_model.bin"
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="not a bin file of this folder"):
         open_checkpoint(tmp_path)
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    assert same(open_checkpoint(tmp_path), {"a": torch.ones(1)})
+
+
+def test_pickled_adapters_open(tmp_path):
+    name = "base_model.model.layers.0.up_proj"
+    factors = {
+        f"{name}.lora_A.weight": torch.ones(2, 3),
+        f"{name}.lora_B.weight": torch.ones(4, 2),
+    }
+    torch.save(factors, tmp_path / "adapter_model.bin")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 4}')
+    base = tmp_path / "base"
+    base.mkdir()
+    torch.save({"layers.0.up_proj.weight": torch.zeros(4, 3)}, base / "pytorch_model.bin")
+    adapter = open_expert(tmp_path, open_checkpoint(base))
+    assert torch.equal(adapter["layers.0.up_proj.weight"], torch.full((4, 3), 4.0))
+
+
+class Malicious:
+    """Unpickled as Python does it, it leaves a file behind."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_runs_nothing(tmp_path, zipped):
+    trace = tmp_path / "trace"
+    path = tmp_path / "model" / "pytorch_model.bin"
+    path.parent.mkdir()
+    content = TENSORS | {"x": Malicious(trace)}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match="pytorch_model.bin: this pickle asks for .* not run"):
+        open_checkpoint(path.parent)
+    path.write_bytes(pickle.dumps(Malicious(trace), protocol=2))
+    with pytest.raises(CheckpointError, match="pytorch_model.bin: .*not run"):
+        open_checkpoint(path.parent)
+    assert not trace.exists()
+    pickle.loads(path.read_bytes())
+    assert trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ({}, "not a state dict"),
+        ([torch.ones(1)], "not a state dict"),
+        ({"state_dict": {"a": torch.ones(1)}}, "'state_dict' is a dict, not a tensor, as in a tra"),
+        ({3: torch.ones(1)}, "3 is a Tensor"),
+        ({"a": torch.eye(3).to_sparse()}, "'a' is torch.sparse_coo"),
+        ({"a": torch.ones(2, dtype=torch.complex64)}, "complex64, which is not supported"),
+        (torch.nn.Linear(2, 2), "asks for torch.nn.modules.linear.Linear"),
+        (b"", "truncated, or not a pickle"),
+        (b"\xff" * 64, "truncated, or not a pickle"),
+        (b"PK\x03\x04" + bytes(60), "truncated, or not a pickle"),
+    ],
+)
+def test_pickles_of_anything_else_are_refused(tmp_path, content, text):
+    path = tmp_path / "pytorch_model.bin"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(CheckpointError, match=f"pytorch_model.bin: .*{text}"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_truncated_pickle_is_refused(tmp_path):
+    path = tmp_path / "pytorch_model.bin"
+    for zipped in (True, False):
+        torch.save(TENSORS, path, _use_new_zipfile_serialization=zipped)
+        whole = path.read_bytes()
+        for length in (len(whole) - 3, len(whole) // 2, 10):
+            path.write_bytes(whole[:length])
+            with pytest.raises(CheckpointError, match="pytorch_model.bin: truncated, or not"):
+                open_checkpoint(tmp_path)
 
 
 def test_hub_ids(sharded, monkeypatch, tmp_path):
     asked = {}
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
 
     def download(repo, revision, allow_patterns):
         asked.update(repo=repo, revision=revision)
@@ -133,12 +245,43 @@ def test_hub_ids(sharded, monkeypatch, tmp_path):
     assert checkpoint.revision == sharded.name
     with pytest.raises(CheckpointError, match="owner/missing.*check name and network"):
         open_checkpoint("owner/missing")
-    with pytest.raises(CheckpointError, match="no such folder, nor a hub id"):
-        open_checkpoint("a/b/c")
+    assert same(open_checkpoint("owner/name@refs/pr/1"), TENSORS)
+    assert asked == {"repo": "owner/name", "revision": "refs/pr/1"}
+    open_checkpoint("owner/name@v1", revision="v1")
+    with pytest.raises(CheckpointError, match="@v1: revision 'v2' says otherwise; give only one"):
+        open_checkpoint("owner/name@v1", revision="v2")
+    (tmp_path / "owner").mkdir()
+    shutil.copytree(sharded, tmp_path / "owner" / "name@v1")
+    assert open_checkpoint("owner/name@v1").revision is None  # a folder of that name
+    for text in ("a/b/c", "owner/name@", "owner@v1", "owner/name@../x"):
+        with pytest.raises(CheckpointError, match="no such folder, nor a hub id"):
+            open_checkpoint(text)
     with pytest.raises(CheckpointError, match="revision is for hub ids"):
         open_checkpoint(sharded, revision="main")
     with pytest.raises(CheckpointError, match="is a file"):
         open_checkpoint(sharded / INDEX_NAME)
+
+
+def test_offline_mode_takes_the_cache_or_names_the_remedy(sharded, monkeypatch, tmp_path):
+    commit = "0123456789" * 4
+    repository = tmp_path / "hub" / "models--owner--name"
+    shutil.copytree(sharded, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "v1").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for location in ("owner/name@v1", f"owner/name@{commit}"):
+        for stream in (False, True):
+            checkpoint = open_checkpoint(location, stream=stream)
+            assert checkpoint.revision == commit and checkpoint.source == "hub"
+            assert same(checkpoint, TENSORS)
+    text = r"owner/name \(revision v2\) is not complete in the cache .*unset HF_HUB_OFFLINE, or run"
+    with pytest.raises(CheckpointError, match=text):
+        open_checkpoint("owner/name@v2")
+    next((repository / "snapshots" / commit).glob("*-00002-of-*")).unlink()
+    for stream in (False, True):
+        with pytest.raises(CheckpointError, match=r"\(revision v1\) is not complete in the cache"):
+            open_checkpoint("owner/name@v1", stream=stream)
 
 
 def test_writer_bounds_shards_and_writes_the_hub_format(sharded):
