@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,11 @@ from tqdm.auto import tqdm
 
 from optmerge_core.adapters import CONFIG_NAME, PREFIX, Factors
 from optmerge_core.checkpoints import ADAPTER_NAME, CheckpointError, open_checkpoint
-from optmerge_core.checks import check_request
+from optmerge_core.checks import check_read, check_request
 from optmerge_core.methods import METHODS
 from optmerge_core.optmerge import PRESETS
 from optmerge_core.parallel import in_order
+from optmerge_core.report import MergeReport, peak_memory, reset_peak_memory
 from optmerge_core.writer import CheckpointWriter, check_output
 
 ENTRYWISE = "works on single entries, which leaves the span of the factors"
@@ -48,8 +51,11 @@ def merge_adapters(
     Methods: weight_average, task_arithmetic, tsv, iso_c, swudi, and with SGD or ridge wudi and
     optmerge (its presets lora, the default here, and modality). The others raise `ValueError`,
     which says why.
-    Returns the folder: adapter_model.safetensors (float32) and adapter_config.json, scale 1.
+    Returns the folder: adapter_model.safetensors (float32) and adapter_config.json, scale 1, with
+    merge_report.json and a model card.
     """
+    started = time.perf_counter()
+    reset_peak_memory(torch.device("cpu"))
     options = dict(method_options or {})
     if method == "optmerge":
         options.setdefault("preset", "lora")
@@ -66,24 +72,65 @@ def merge_adapters(
     }
     rank = max(ranks.values())
 
-    def result(module: str) -> tuple[Tensor, Tensor]:
+    def result(module: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Factors of one rank for all modules, as PEFT wants them: the smaller ones padded by 0."""
         pairs = [factors.get(module) for factors in opened.values()]
+        for name, pair in zip(opened, pairs, strict=True):
+            for factor in pair or ():
+                check_read(module, f"expert {name}", factor)
         b, a = merge_factors(pairs, method, options, scaling_coefficient, shapes[module])
+        norms = [product_norm(*pair) if pair else 0.0 for pair in pairs]
+        record = {
+            "name": module,
+            "shape": list(shapes[module]),
+            "base_norm": None,
+            "merged_norm": product_norm(b, a) / abs(scaling_coefficient or 1.0),
+            "expert_norms": dict(zip(opened, norms, strict=True)),
+        }
         missing = rank - ranks[module]
-        return pad(b, (0, missing)).contiguous(), pad(a, (0, 0, 0, missing)).contiguous()
+        return pad(b, (0, missing)).contiguous(), pad(a, (0, 0, 0, missing)).contiguous(), record
 
     settings = next(iter(opened.values())).settings | {
         "r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
         "target_modules": modules, "exclude_modules": None, "layers_to_transform": None,
         "layers_pattern": None, "inference_mode": True,
     }  # fmt: skip
-    progress = tqdm(modules, desc=f"merging adapters ({method})", unit="module")
+    progress, records = tqdm(modules, desc=f"merging adapters ({method})", unit="module"), []
     with CheckpointWriter(output_dir, 2**63, overwrite=overwrite, single=ADAPTER_NAME) as writer:
-        for module, (b, a) in zip(progress, in_order(result, modules), strict=True):
+        for module, (b, a, record) in zip(progress, in_order(result, modules), strict=True):
             writer.add(f"{PREFIX}{module}.lora_A.weight", a)
             writer.add(f"{PREFIX}{module}.lora_B.weight", b)
+            records.append(record)
         writer.write_text(CONFIG_NAME, json.dumps(settings, indent=2) + "\n")
+        base = str(settings.get("base_model_name_or_path") or "not named")
+        report = MergeReport(
+            output_dir=str(output_dir),
+            method=method,
+            method_options=options,
+            scaling_coefficient=scaling_coefficient,
+            trim="tensor",
+            seed=0,
+            device="cpu",
+            dtype=None,
+            model_type=None,
+            base_model={"location": base, "revision": settings.get("revision"), "sha256": {}},
+            experts={
+                name: {
+                    "location": str(location),
+                    "revision": opened[name].weights.revision,
+                    "sha256": opened[name].weights.sha256(),
+                }
+                for name, location in experts.items()
+            },
+            parameters=records,
+            parameters_kept=0,
+            seconds=time.perf_counter() - started,
+            peak_memory_bytes=peak_memory(torch.device("cpu"))[0],
+            peak_device_memory_bytes=None,
+            versions={name: version(name) for name in ("torch", "safetensors")},
+        )
+        writer.write_text("merge_report.json", report.to_json())
+        writer.write_text("README.md", report.adapter_card())
     return Path(output_dir)
 
 
@@ -127,6 +174,12 @@ def merge_factors(
     if len(R) < len(T):
         return Q.float(), (merged @ P.mT).float()
     return (Q @ merged).float(), P.mT.float()
+
+
+def product_norm(b: Tensor, a: Tensor) -> float:
+    """Frobenius norm of B A, of (outputs, r) and (r, inputs), in float64, without making it."""
+    b, a = b.double(), a.double()
+    return ((b.mT @ b) * (a @ a.mT)).sum().clamp(min=0).sqrt().item()
 
 
 def merge_cores(
