@@ -5,41 +5,56 @@ knows nothing of names, files or models, and scaling the result is not its busin
 merged model = base model + scaling coefficient · merged task vector.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optmerge_core.contract import check_option_names, check_share, merge_method
+from optmerge_core.contract import check_choice, check_option_names, check_share, merge_method
 from optmerge_core.optmerge import aswudi, optmerge, swudi, wudi
 from optmerge_core.spectra import truncated_svd
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
+Weights = Sequence[float] | None
+"""One number for each expert, by which its task vector counts; None: all the same."""
 BLOCK = 1 << 15
 """Entries that `ties` works on at a time on a CPU, so that what it computes stays in the cache."""
 
 
 @merge_method()
-def weight_average(task_vectors: Tensor) -> Tensor:
-    """The mean of the experts: (experts, *shape) -> (*shape).
+def weight_average(task_vectors: Tensor, *, weights: Weights = None) -> Tensor:
+    """The mean of the experts: (experts, *shape) -> (*shape), weighted where `weights` are given.
 
-    Wortsman et al., "Model soups" (2022).
+    Wortsman et al., "Model soups" (2022). Raises `ValueError` if the weights add up to 0.
     """
-    return task_vectors.mean(dim=0)
+    if weights is None:
+        return task_vectors.mean(dim=0)
+    if abs(total := sum(per_expert("weights", weights, len(task_vectors)))) < 1e-8:
+        raise ValueError(f"weights {list(weights)} add up to 0: they have no mean")
+    return _weighted_sum(task_vectors, weights) / total
 
 
 @merge_method()
-def task_arithmetic(task_vectors: Tensor) -> Tensor:
-    """The sum of the task vectors: (experts, *shape) -> (*shape).
+def task_arithmetic(task_vectors: Tensor, *, weights: Weights = None) -> Tensor:
+    """The sum of the task vectors, each times its weight if given: (experts, *shape) -> (*shape).
 
     Ilharco et al., "Editing models with task arithmetic" (2023).
     """
-    return task_vectors.sum(dim=0)
+    return _weighted_sum(task_vectors, weights)
 
 
 @merge_method()
-def ties(task_vectors: Tensor, *, density: float = 0.2, thresholds: Tensor | None = None) -> Tensor:
+def ties(
+    task_vectors: Tensor,
+    *,
+    density: float | Sequence[float] = 0.2,
+    thresholds: Tensor | None = None,
+    weights: Weights = None,
+    normalize: bool = True,
+    rule: str = "released",
+) -> Tensor:
     """Trim, elect a sign, average what agrees: (experts, *shape) -> (*shape).
 
     Yadav et al., "TIES-Merging" (2023).
@@ -50,48 +65,81 @@ def ties(task_vectors: Tensor, *, density: float = 0.2, thresholds: Tensor | Non
        sign that most entries of this tensor have, as in the released code; if that is a draw too,
        the merged entry is 0.
     3. Average, entry by entry, the kept values that have the elected sign.
+
+    What mergekit can do besides: a density for each expert; `weights` times which the trimmed task
+    vectors are from step 2 on (the average of step 3 is then a weighted one); their sum in step 3
+    instead, without `normalize`; and with `rule="mergekit"` exactly int(density·size) entries of an
+    expert, at least one, are kept (`keep_largest`), and the sign of a sum of 0 is +.
     """
-    if thresholds is None:
+    check_choice("rule", rule, ("released", "mergekit"))
+    check_choice("normalize", normalize, (True, False))
+    if thresholds is None and rule == "mergekit":
+        task_vectors = keep_largest(task_vectors, density)
+        thresholds = task_vectors.new_zeros(len(task_vectors))
+    elif thresholds is None:
         thresholds = trim_thresholds(task_vectors, density)
     if thresholds.shape != task_vectors.shape[:1]:
         raise ValueError(
             f"thresholds have shape {tuple(thresholds.shape)}; "
             f"there must be one for each of the {len(task_vectors)} experts"
         )
-    if task_vectors.is_cuda:
+    if task_vectors.is_cuda and weights is None and normalize and rule == "released":
         from optmerge_core import kernels
 
         return kernels.ties(task_vectors, thresholds)
     thresholds, flat = thresholds.to(task_vectors).unsqueeze(1), task_vectors.flatten(1)
-    blocks = flat.split(BLOCK, dim=1)
+    if weights is not None:
+        weights = flat.new_tensor(per_expert("weights", weights, len(flat))).unsqueeze(1)
+    blocks = flat.split(BLOCK if flat.device.type == "cpu" else BLOCK << 9, dim=1)
     merged, balance, drawn = [], flat.new_zeros(()), []
-    for number, block in enumerate(blocks):
+
+    def trimmed(block: Tensor) -> Tensor:
         kept = block * (block.abs() >= thresholds)
+        return kept if weights is None else kept * weights
+
+    for number, block in enumerate(blocks):
+        kept = trimmed(block)
         signs = kept.sum(dim=0).sign()
+        if rule == "mergekit":
+            signs = torch.where(signs == 0, 1, signs)
         balance += signs.sum()
-        merged.append(_mean_of_sign(kept, signs))
+        merged.append(_mean_of_sign(kept, signs, weights, normalize))
         if (kept.any(dim=0) & (signs == 0)).any():
             drawn.append(number)
     for number in drawn:
-        kept = blocks[number] * (blocks[number].abs() >= thresholds)
+        kept = trimmed(blocks[number])
         signs = kept.sum(dim=0).sign()
         signs = torch.where(signs == 0, balance.sign(), signs)
-        merged[number] = _mean_of_sign(kept, signs)
+        merged[number] = _mean_of_sign(kept, signs, weights, normalize)
     return torch.cat(merged).view(task_vectors.shape[1:])
 
 
-def _mean_of_sign(values: Tensor, signs: Tensor) -> Tensor:
-    """Mean of the values that have an entry's sign: (experts, size), (size,) -> (size,)."""
+def _mean_of_sign(values: Tensor, signs: Tensor, weights: Tensor | None, normalize: bool) -> Tensor:
+    """Mean of the values that have an entry's sign: (experts, size), (size,) -> (size,).
+
+    `weights` (experts, 1), which the values contain, divide it; without `normalize`, the sum.
+    """
     agreeing = (values * signs).clamp(min=0)
-    return agreeing.sum(dim=0) * signs / (agreeing > 0).sum(dim=0).clamp(min=1)
+    total = agreeing.sum(dim=0) * signs
+    if not normalize:
+        return total
+    if weights is None:
+        return total / (agreeing > 0).sum(dim=0).clamp(min=1)
+    share = ((agreeing > 0) * weights).sum(dim=0)
+    return total / torch.where(share == 0, 1, share)
 
 
-def trim_thresholds(task_vectors: Tensor, density: float) -> Tensor:
+def trim_thresholds(task_vectors: Tensor, density: float | Sequence[float]) -> Tensor:
     """The magnitude an expert's entries must reach to be kept: (experts, *shape) -> (experts,).
 
     The k-th smallest magnitude with k = int((1 − density)·size), so that slightly more than the
-    share `density` is kept, ties included; 0, which keeps everything, when k is 0.
+    share `density` is kept, ties included; 0, which keeps everything, when k is 0. A sequence holds
+    a density for each expert.
     """
+    if isinstance(density, Sequence):
+        densities = per_expert("density", density, len(task_vectors))
+        pairs = zip(task_vectors.split(1), densities, strict=True)
+        return torch.cat([trim_thresholds(one, share) for one, share in pairs])
     check_share("density", density)
     magnitudes = task_vectors.flatten(1).abs()
     k = int((1 - density) * magnitudes.shape[1])
@@ -103,55 +151,108 @@ def trim_thresholds(task_vectors: Tensor, density: float) -> Tensor:
     return magnitudes.kthvalue(k, dim=1).values
 
 
+def keep_largest(task_vectors: Tensor, density: float | Sequence[float]) -> Tensor:
+    """Task vectors with 0 for all but an expert's int(density·size) largest entries, at least one.
+
+    (experts, *shape) -> the same shape: mergekit's count, one or two entries fewer than those that
+    reach `trim_thresholds`. Of entries of equal size it is sorting that chooses, as in mergekit.
+    """
+    kept = torch.zeros_like(task_vectors)
+    shares = per_expert("density", density, len(task_vectors))
+    for source, target, share in zip(task_vectors, kept, shares, strict=True):
+        check_share("density", share)
+        flat = source.flatten()
+        largest = flat.abs().argsort(descending=True)[: max(1, int(share * flat.numel()))]
+        target.view(-1)[largest] = flat[largest]
+    return kept
+
+
+def per_expert(name: str, values: float | Sequence[float], experts: int) -> list[float]:
+    """One number for each expert, from one for all or a sequence, which must have that length."""
+    values = list(values) if isinstance(values, Sequence) else [values] * experts
+    if len(values) != experts:
+        raise ValueError(f"{name} has {len(values)} values for {experts} experts")
+    if not all(math.isfinite(value) for value in values):
+        raise ValueError(f"{name} {values}: finite numbers are expected")
+    return values
+
+
+def _weighted_sum(task_vectors: Tensor, weights: Weights) -> Tensor:
+    if weights is None:
+        return task_vectors.sum(dim=0)
+    weights = task_vectors.new_tensor(per_expert("weights", weights, len(task_vectors)))
+    return torch.tensordot(weights, task_vectors, dims=1)
+
+
 @merge_method()
 def dare_task_arithmetic(
-    task_vectors: Tensor, *, drop_rate: float = 0.2, generator: Generators = None
+    task_vectors: Tensor,
+    *,
+    drop_rate: float | Sequence[float] = 0.2,
+    weights: Weights = None,
+    generator: Generators = None,
 ) -> Tensor:
     """Task arithmetic on task vectors with entries dropped by `dare`."""
-    if task_vectors.is_cuda:
+    if task_vectors.is_cuda and weights is None and not isinstance(drop_rate, Sequence):
         from optmerge_core import kernels
 
         kept = _draw_kept(task_vectors, drop_rate, generator)
         return kernels.dare_sum(task_vectors, kept, drop_rate)
-    return dare(task_vectors, drop_rate, generator).sum(dim=0)
+    return _weighted_sum(dare(task_vectors, drop_rate, generator), weights)
 
 
 @merge_method()
 def dare_ties(
     task_vectors: Tensor,
     *,
-    drop_rate: float = 0.2,
-    density: float = 0.2,
+    drop_rate: float | Sequence[float] = 0.2,
+    density: float | Sequence[float] = 0.2,
     thresholds: Tensor | None = None,
+    weights: Weights = None,
+    normalize: bool = True,
+    rule: str = "released",
     generator: Generators = None,
 ) -> Tensor:
-    """TIES on task vectors with entries dropped by `dare`; `thresholds` are those after it."""
+    """`ties` on task vectors with entries dropped by `dare`; `thresholds` are those after it."""
     dropped = dare(task_vectors, drop_rate, generator)
-    return ties(dropped, density=density, thresholds=thresholds)
+    options = {"weights": weights, "normalize": normalize, "rule": rule}
+    return ties(dropped, density=density, thresholds=thresholds, **options)
 
 
-def dare(task_vectors: Tensor, drop_rate: float, generator: Generators = None) -> Tensor:
+def dare(
+    task_vectors: Tensor, drop_rate: float | Sequence[float], generator: Generators = None
+) -> Tensor:
     """Drop each entry with probability p = drop_rate, rescale the rest by 1 / (1 − p).
 
     Yu et al., "Language models are super Mario" (2024). (experts, *shape) -> the same shape.
-    A sequence of generators holds one per expert, so that what is drawn for an expert need not
-    depend on its position; a single one (or None, torch's own) draws for all in their order.
+    A sequence of drop rates holds one per expert. So does one of generators, so that what is drawn
+    for an expert need not depend on its position; a single one (or None, torch's own) draws for all
+    in their order.
     """
-    return task_vectors * _draw_kept(task_vectors, drop_rate, generator) / (1 - drop_rate)
+    dropped = task_vectors * _draw_kept(task_vectors, drop_rate, generator)
+    if not isinstance(drop_rate, Sequence):
+        return dropped / (1 - drop_rate)
+    shares = task_vectors.new_tensor([1 - rate for rate in drop_rate])
+    return dropped / shares.view(-1, *[1] * (task_vectors.ndim - 1))
 
 
-def _draw_kept(task_vectors: Tensor, drop_rate: float, generator: Generators) -> Tensor:
+def _draw_kept(
+    task_vectors: Tensor, drop_rate: float | Sequence[float], generator: Generators
+) -> Tensor:
     """Where `dare` keeps an entry: bool, (experts, *shape), drawn where the generator lives."""
-    check_share("drop_rate", drop_rate, zero=True)
+    rates = per_expert("drop_rate", drop_rate, len(task_vectors))
+    for rate in rates:
+        check_share("drop_rate", rate, zero=True)
     generators = generator if isinstance(generator, Sequence) else [generator] * len(task_vectors)
     if len(generators) != len(task_vectors):
         raise ValueError(f"{len(generators)} generators for {len(task_vectors)} experts")
 
-    def draw(source: torch.Generator | None) -> Tensor:
+    def draw(source: torch.Generator | None, rate: float) -> Tensor:
         place = source.device if source else None
-        return torch.rand(task_vectors.shape[1:], generator=source, device=place) >= drop_rate
+        return torch.rand(task_vectors.shape[1:], generator=source, device=place) >= rate
 
-    return torch.stack([draw(source) for source in generators]).to(task_vectors.device)
+    drawn = [draw(*pair) for pair in zip(generators, rates, strict=True)]
+    return torch.stack(drawn).to(task_vectors.device)
 
 
 @merge_method(matrices_only=True)
@@ -217,13 +318,20 @@ METHODS: Mapping[str, Callable[..., Tensor]] = _Methods(
 )
 
 
-def check_options(method_name: str, options: Mapping[str, Any]) -> None:
+def check_options(method_name: str, options: Mapping[str, Any], experts: int | None = None) -> None:
     """Raise now, before any long work, the ValueError these options would raise in a merge.
 
-    Names are compared with the method's own, values tried on a 1×1 matrix of zeros; what depends
-    on the number of experts (`thresholds`, `generator`) is seen by name only.
+    Names are compared with the method's own, values tried on 1×1 matrices of zeros, as many as
+    there are values in a list with one for each expert; with `experts`, it must have that length.
+    Of many steps, one is tried.
+    `thresholds` and `generator`, which depend on the task vectors, are seen by name only.
     """
     method = METHODS[method_name]
     check_option_names(method, options)
     later = ("generator", "thresholds", "on_step")
-    method(torch.zeros(1, 1, 1), **{k: v for k, v in options.items() if k not in later})
+    tried = {k: v for k, v in options.items() if k not in later}
+    if isinstance(tried.get("steps"), int):
+        tried["steps"] = min(tried["steps"], 1)
+    lengths = [len(value) for value in tried.values() if isinstance(value, list | tuple)]
+    count = (experts or max(*lengths, 1)) if lengths else 1
+    method(torch.zeros(count, 1, 1), **tried)

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
+from optmerge_core.index_page import write_contents, write_index
 from optmerge_core.recipe import load_recipe
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -44,6 +45,10 @@ def run(
     capabilities or modalities. One whose parameters are `recipes` and `figure_dirs` compares: it
     runs once, after all others, on several recipes that merge capabilities, as if on one named
     `comparison`.
+
+    Beside each study's executed copies lies `index.html`, which shows its notebooks, figures and
+    tables; it is written anew after every notebook. Of several recipes in `output_dir`, one more
+    leads to those.
 
     A notebook is skipped if its copy was made with the same parameters and is newer than the
     recipe, the notebook and every copy before it, since notebooks hand over through files.
@@ -77,26 +82,36 @@ def run(
         return out / "figures", out / "notebooks"
 
     executed: list[Path] = []
+    pages: dict[str, Path] = {}
     compared: list[str] = []
     compared_copies: list[Path] = []
+
+    def list_page(name: str) -> None:
+        pages[name] = folders(name)[1].parent / "index.html"
+        if output_dir is not None and several:
+            write_contents(Path(output_dir).resolve() / "index.html", "Studies", pages)
+
     for name, path in studies.items():
         figures, copies = folders(name)
         given = {"recipe": _relative(path, folder), "device": device}
         alone = [notebook for notebook, kind in takes.items() if kind == merges[name]]
         if not alone:
             raise ValueError(f"{path.name}: no notebook in {_shown(folder)} merges {merges[name]}")
+        list_page(name)
         executed += (done := _run_all(name, alone, given, figures, copies, [path]))
         if merges[name] == "capabilities":
             compared.append(name)
             compared_copies += done
     if len(compared) > 1 and comparing:
+        list_page("comparison")
         given = {
             "recipes": [_relative(studies[name], folder) for name in compared],
             "figure_dirs": [_relative(folders(name)[0], folder) for name in compared],
             "device": device,
         }
+        recipes = [studies[name] for name in compared]
         executed += _run_all(
-            "comparison", comparing, given, *folders("comparison"), compared_copies
+            "comparison", comparing, given, *folders("comparison"), recipes, compared_copies
         )
     return executed
 
@@ -107,16 +122,26 @@ def _run_all(
     parameters: dict[str, Any],
     figures: Path,
     copies: Path,
-    inputs: list[Path],
+    recipes: list[Path],
+    inputs: list[Path] = (),
 ) -> list[Path]:
-    """Run the notebooks in order, one table of seconds; a newer input makes a copy out of date."""
+    """Run the notebooks in order, one table of seconds and one page.
+
+    A recipe or another input that is newer makes a copy out of date.
+    """
     figures.mkdir(parents=True, exist_ok=True)
     copies.mkdir(parents=True, exist_ok=True)
     parameters = parameters | {"output_dir": _relative(figures, notebooks[0].parent)}
     table = Table("notebook", title=title)
     table.add_column("seconds", justify="right")
     executed = []
-    newest_input = max(path.stat().st_mtime for path in inputs)
+    newest_input = max(path.stat().st_mtime for path in (*recipes, *inputs))
+
+    def page() -> Path:
+        names = [notebook.name for notebook in notebooks]
+        return write_index(copies.parent / "index.html", title, names, copies, figures, recipes)
+
+    page()
     for notebook in tqdm(notebooks, desc=title, unit="notebook"):
         copy = copies / notebook.name
         newest_input = max(newest_input, notebook.stat().st_mtime)
@@ -124,7 +149,10 @@ def _run_all(
             table.add_row(notebook.name, "done before")
         else:
             start = time.perf_counter()
-            _execute(notebook, copy, parameters)
+            try:
+                _execute(notebook, copy, parameters)
+            finally:
+                page()
             table.add_row(notebook.name, f"{time.perf_counter() - start:.1f}")
         newest_input = max(newest_input, copy.stat().st_mtime)
         executed.append(copy)
@@ -133,6 +161,7 @@ def _run_all(
     console.print(table)
     console.print(f"figures and tables:  {_shown(figures)}")
     console.print(f"executed notebooks:  {_shown(copies)}")
+    console.print(f"all of it, to read:  {_shown(page())}")
     return executed
 
 

@@ -3,6 +3,7 @@
 Colours are Okabe and Ito's, safe for colour-blind readers; markers tell methods apart in greyscale.
 """
 
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -64,7 +65,7 @@ def use_style():
 
 def expert_palette(experts):
     """Expert name -> colour, in the order given."""
-    return dict(zip(experts, EXPERT_COLORS, strict=False))
+    return dict(zip(experts, cycle(EXPERT_COLORS), strict=False))
 
 
 def save_figure(figure, data, output_dir, name):

@@ -6,20 +6,26 @@ recipe. What is not understood is an error, never skipped.
 
 from __future__ import annotations
 
-import math
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from optmerge_core.checkpoints import HUB_ID
+from optmerge_core import mergekit
+from optmerge_core.checkpoints import HUB_ID, URL
 from optmerge_core.checks import check_method
 from optmerge_core.parameters import FAMILIES
 
-MERGEKIT_METHODS = {"linear": "weight_average", "dare_linear": "dare_task_arithmetic"}
+REMOTE = re.compile(rf"{HUB_ID.pattern}|{URL.pattern}", re.IGNORECASE)
+"""A location that is not a folder: a hub id, with or without its revision, or a web address."""
+
+
+MAX_NODES = 100_000
+"""Values that a recipe may have; a few aliases of aliases can stand for billions."""
 
 
 class RecipeError(ValueError):
@@ -28,6 +34,16 @@ class RecipeError(ValueError):
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("parameters", "method_options", mode="before", check_fields=False)
+    @classmethod
+    def _scientific(cls, value: Any) -> Any:
+        """YAML 1.1 reads 1e-5 as a text, since it has no dot."""
+        if isinstance(value, dict):
+            return {key: cls._scientific(item) for key, item in value.items()}
+        if isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value, re.IGNORECASE):
+            return float(value)
+        return value
 
 
 class Expert(_Strict):
@@ -41,7 +57,7 @@ class Expert(_Strict):
     @classmethod
     def _default_name(cls, entry: Any) -> Any:
         if isinstance(entry, dict) and isinstance(entry.get("model"), str):
-            return {"name": Path(entry["model"]).name} | entry
+            return {"name": Path(entry["model"].partition("@")[0]).name} | entry
         return entry
 
 
@@ -73,23 +89,29 @@ class Recipe(_Strict):
     scaling_coefficients: Annotated[list[float], Field(min_length=1)] = [0.1, 0.3, 0.5, 0.7, 1, 1.5]
     seed: int = 0
     trim: Literal["tensor", "model"] = "tensor"
+    scope: Literal["linear", "all"] = (
+        "linear"  # the language model's linear layers, or all there is
+    )
+    trust_remote_code: bool = False  # run the Python files in a checkpoint to load its model
     evaluation: Evaluation = Evaluation()
     method_options: dict[str, dict[str, Any]] = {}
 
-    @field_validator("parameters", "method_options", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _scientific(cls, value: Any) -> Any:
-        """YAML 1.1 reads 1e-5 as a text, since it has no dot."""
-        if isinstance(value, dict):
-            return {key: cls._scientific(item) for key, item in value.items()}
-        if isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value, re.IGNORECASE):
-            return float(value)
-        return value
+    def _translated(cls, content: Any) -> Any:
+        return mergekit.translate(content) if isinstance(content, dict) else content
+
+    @field_validator("name")
+    @classmethod
+    def _folder_name(cls, name: str) -> str:
+        if not name.isprintable() or not re.fullmatch(r"(?!\.)[^/\\]+", name):
+            raise ValueError(f"{name!r} is to be a folder's name: no dot in front, no / or \\")
+        return name
 
     @field_validator("merge_method")
     @classmethod
     def _our_name(cls, method: str) -> str:
-        return MERGEKIT_METHODS.get(method, method)
+        return mergekit.NAMES.get(method, method)
 
     @model_validator(mode="after")
     def _understood(self) -> Recipe:
@@ -99,15 +121,16 @@ class Recipe(_Strict):
         if len(set(names)) < len(names):
             raise ValueError(f"models: names are not unique ({', '.join(names)}); give each a name")
         for method in (self.merge_method, *self.method_options):
-            check_method(method, self.options(method))
-        _number("lambda", self.scaling_coefficient)
+            check_method(method, self.options(method), len(names))
+        mergekit.number("lambda", self.scaling_coefficient)
         return self
 
     @property
     def experts(self) -> dict[str, str]:
         """Expert name -> location.
 
-        A base model among `models` is left out, as mergekit does for all methods but linear.
+        A base model among `models` is left out, as mergekit does for all methods but linear; there
+        it counts if it has a weight, be it that of all models in `parameters`.
         """
         return {expert.name: expert.model for expert in self._experts()}
 
@@ -119,57 +142,35 @@ class Recipe(_Strict):
     def options(self, method: str | None = None) -> dict[str, Any]:
         """Options of a method (default: the recipe's), from `parameters` and `method_options`.
 
-        `parameters` belong to the recipe's own method. Raises `ValueError` for what mergekit may
-        know and this package does not: values by layer or filter, unequal weights.
+        `parameters`, and what stands beside the models, belong to the recipe's own method;
+        `mergekit` says what they mean.
         """
-        method = MERGEKIT_METHODS.get(method, method) or self.merge_method
+        method = mergekit.NAMES.get(method, method) or self.merge_method
         options = dict(self.method_options.get(method, {}))
-        if method != self.merge_method:
-            return options
-        given = {key: value for key, value in self.parameters.items() if key != "lambda"}
-        given |= self._common_parameters()
-        weight = _number("weight", given.pop("weight", 1.0))
-        if weight != 1 and method != "weight_average":
-            raise ValueError(
-                f"weight {weight:g} of {method}: only 1 is understood; scale by lambda"
-            )
-        if "density" in given and method.startswith("dare_"):
-            # In mergekit this is the share DARE keeps, and nothing is trimmed after it.
-            if "drop_rate" in given:
-                raise ValueError(
-                    f"give drop_rate and density together under method_options.{method}"
-                )
-            given["drop_rate"] = 1 - _number("density", given.pop("density"))
-            given |= {"density": 1.0} if method == "dare_ties" else {}
-        return options | given
-
-    def _common_parameters(self) -> dict[str, Any]:
-        """mergekit's parameters beside each model, which here must be the same for all."""
-        common = {}
-        for key in sorted({key for expert in self._experts() for key in expert.parameters}):
-            values = [expert.parameters.get(key) for expert in self._experts()]
-            if key not in ("weight", "density"):
-                raise ValueError(f"{key!r} beside a model: only weight and density are understood")
-            if any(value != values[0] for value in values):
-                raise ValueError(f"{key} {values} differs between models: only equal is understood")
-            common[key] = values[0]
-        return common
+        if method == self.merge_method:
+            beside = [expert.parameters for expert in self._experts()]
+            options |= mergekit.method_options(method, self.parameters, beside)
+        return options
 
     def _experts(self) -> list[Expert]:
-        counts_base = self.merge_method == "weight_average"
-        return [entry for entry in self.models if counts_base or entry.model != self.base_model]
+        if self.merge_method != "weight_average":
+            return [entry for entry in self.models if entry.model != self.base_model]
+        listed = any(entry.model == self.base_model for entry in self.models)
+        counts = "weight" in self.parameters and not listed  # for one weight of all there are
+        return self.models + [Expert(model=self.base_model, name="base_model")] * counts
 
 
 def load_recipe(path: str | Path) -> Recipe:
     """Read a recipe. A location is relative to the recipe's folder if that exists there, else to
-    the working directory, else a hub id. Raises `RecipeError` naming recipe, key and remedy.
+    the working directory, else a hub id (owner/name, or owner/name@revision) or a web address,
+    which has to be streamed. Raises `RecipeError` naming recipe, key and remedy.
     """
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = _parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except Exception as error:  # of any type: PyYAML stumbles over its own tags in many ways
         raise RecipeError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: a recipe is a mapping with the keys {_keys(Recipe)}")
@@ -181,14 +182,16 @@ def load_recipe(path: str | Path) -> Recipe:
         raise RecipeError(f"{path}: " + "; ".join(problems)) from error
 
     def locate(key: str, location: str) -> str:
-        for candidate in (path.parent / Path(location).expanduser(), Path(location)):
-            if candidate.exists():
-                return os.path.relpath(candidate.resolve())
-        if HUB_ID.fullmatch(location):
+        with suppress(OSError, RuntimeError):  # too long for a path; "~" of an unknown user
+            for candidate in (path.parent / Path(location).expanduser(), Path(location)):
+                if candidate.exists():
+                    return os.path.relpath(candidate.resolve())
+        if REMOTE.fullmatch(location):
             return location
+        adapter = ", nor base_model+adapter" if "+" in location else ""
         raise RecipeError(
             f"{path}: {key}: {location!r} is neither a folder beside the recipe, nor one in the "
-            "working directory, nor a hub id (owner/name)"
+            f"working directory, nor a hub id (owner/name or owner/name@revision){adapter}"
         )
 
     evaluation = recipe.evaluation
@@ -213,10 +216,29 @@ def load_recipe(path: str | Path) -> Recipe:
     )
 
 
-def _number(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{key} {value!r}: one finite number is expected, the same for all layers")
-    return value
+def _parse(text: str) -> Any:
+    """What `yaml.safe_load` gives. Raises `ValueError` for aliases that grow out of bounds."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _size(node, {}) > MAX_NODES:
+            raise ValueError(f"with its aliases written out it has more than {MAX_NODES} values")
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _size(node: yaml.Node, sizes: dict[yaml.Node, int]) -> int:
+    """Values that a node stands for, those behind aliases counted each time."""
+    if node not in sizes:
+        sizes[node] = MAX_NODES + 1  # what a node that contains itself sees
+        children = node.value if isinstance(node, yaml.CollectionNode) else ()
+        if isinstance(node, yaml.MappingNode):
+            children = [part for pair in node.value for part in pair]
+        sizes[node] = 1 + sum(_size(child, sizes) for child in children)
+    return sizes[node]
 
 
 def _explain(problem: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -56,6 +57,7 @@ def test_order_parameters_folders_and_skipping(study, capsys):
     assert log == [["00_first", *given], ["01_second", *given]]
     assert {path.name for path in executed[0].parent.iterdir()} == set(names)
     shown = capsys.readouterr().out
+    assert "out/index.html" in shown
     assert "out/figures" in shown and "out/notebooks" in shown and "done before" not in shown
 
     # Nothing changed: nothing runs.
@@ -104,9 +106,27 @@ def test_a_change_runs_everything_after_it_again(study, instant):
     assert ran() == [] and ran("cuda") == ["00", "01"]
 
 
+def test_the_page_is_there_after_every_notebook(study, monkeypatch):
+    page, seen = study / "out" / "index.html", []
+
+    def execute_notebook(notebook, copy, parameters, **_):
+        seen.append(re.findall(r">(done|not run yet)</td>", page.read_text()))
+        if notebook.name == "01_second.ipynb":
+            raise KeyboardInterrupt
+        nbformat.write(nbformat.read(notebook, as_version=4), copy)
+
+    monkeypatch.setattr("papermill.execute_notebook", execute_notebook)
+    with pytest.raises(KeyboardInterrupt):
+        run("study.yaml", "out", "cpu", "notebooks")
+    assert seen == [["not run yet"] * 2, ["done", "not run yet"]]
+    text = page.read_text()
+    assert 'href="notebooks/00_first.ipynb"' in text and "models: [{model: chart}]" in text
+
+
 def test_default_folders(study, instant, monkeypatch):
     monkeypatch.setattr(pipeline, "CHECKOUT", study)
     executed = run("study.yaml")
+    assert (study / "runs" / "study" / "index.html").is_file()
     assert executed[0] == study / "runs" / "study" / "notebooks" / "00_first.ipynb"
     assert (study / "figures" / "study").is_dir()
 
@@ -122,6 +142,10 @@ def test_several_recipes_then_the_comparison(study, instant, monkeypatch):
     assert executed[3] == study / "out" / "other" / "notebooks" / "01_second.ipynb"
     copy = study / "out" / "comparison" / "notebooks" / path.name
     assert executed[4] == copy
+    links = re.findall(r'href="([^"]+)"', (study / "out" / "index.html").read_text())
+    assert links == [f"{name}/index.html" for name in ("study", "other", "comparison")]
+    page = (study / "out" / "comparison" / "index.html").read_text()
+    assert "study.yaml" in page and "other.yaml" in page and "02_both.ipynb" in page
     assert nbformat.read(copy, as_version=4).metadata["papermill"]["parameters"] == {
         "recipes": ["../study.yaml", "../other.yaml"],
         "figure_dirs": ["../out/study/figures", "../out/other/figures"],
@@ -174,6 +198,8 @@ def test_failure_names_notebook_and_cell_and_leaves_no_finished_copy(study, monk
     names = {path.name for path in failed.parent.iterdir()}
     assert names == {"00_first.ipynb", failed.name}
     assert "ZeroDivisionError" in failed.read_text()
+    page = Path("out", "index.html").read_text()
+    assert 'href="notebooks/01_second.failed.ipynb">failed' in page
 
     monkeypatch.setattr(pipeline, "CHECKOUT", study)
     assert main(["run", "study.yaml", "--output", "out"]) == 1

@@ -1,9 +1,12 @@
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
+from optmerge_core.checks import check_method
+from optmerge_core.methods import METHODS
 from optmerge_core.recipe import RecipeError, load_recipe
 
 
@@ -88,7 +91,8 @@ def test_options_for_studies_that_run_all_methods(write):
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"slices": []}, "slices: unknown key; valid are merge_method, base_model, models"),
+        ({"slices": []}, "slices: models cannot be cut"),
+        ({"layers": []}, "layers: unknown key; valid are merge_method, base_model, models"),
         ({"models": [{"model": "base", "path": "x"}]}, "models.0.path: unknown key; valid are"),
         ({"evaluation": {"tests": 1}}, "evaluation.tests: unknown key; valid are data, contrast"),
         ({"base_model": None}, "base_model: Field required"),
@@ -101,16 +105,15 @@ def test_options_for_studies_that_run_all_methods(write):
         ({"models": [{"model": "base"}]}, "only the base model"),
         ({"models": [{"model": "ocr"}, {"model": "experts/ocr"}]}, "names are not unique"),
         ({"merge_method": "slerp"}, "slerp.*weight_average"),
-        ({"parameters": {"int8_mask": True}}, "int8_mask.*density"),
-        ({"parameters": {"normalize": False}}, "normalize.*density"),
+        ({"parameters": {"sparsity": True}}, "sparsity.*density"),
         ({"parameters": {"density": 7}}, "density"),
-        ({"parameters": {"weight": 0.5}}, "weight 0.5 of ties: only 1"),
+        ({"merge_method": "tsv", "parameters": {"weight": 0.5}}, "weight of tsv: only 1"),
         ({"parameters": {"lambda": [0, 1]}}, r"lambda \[0, 1\]: one finite number"),
-        ({"parameters": {"density": [0, 1]}}, "density.*wrong type"),
+        ({"parameters": {"density": [0, 1]}}, r"density \[0, 1\]: one finite number"),
         ({"models": [{"model": "ocr", "parameters": {"gamma": 1}}]}, "gamma.*only weight and"),
         (
             {"models": [{"model": "ocr", "parameters": {"density": 1}}, {"model": "experts/vqa"}]},
-            r"density \[1, None\] differs between models",
+            r"density \[1, None\]: some experts have none",
         ),
         (
             {"merge_method": "dare_ties", "parameters": {"density": 0.5, "drop_rate": 0.1}},
@@ -129,6 +132,68 @@ def test_errors_name_the_recipe_and_the_key(write, changes, text):
     with pytest.raises(RecipeError, match=text) as caught:
         load_recipe(path)
     assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_locations_with_a_revision_and_on_the_web(write):
+    models = [
+        "owner/expert@main",
+        {"model": "owner/other@refs/pr/1"},
+        {"model": "https://example.org/models/third"},
+    ]
+    recipe = load_recipe(write(models=models, base_model="owner/base@v1.0"))
+    assert recipe.base_model == "owner/base@v1.0"
+    assert recipe.experts == {
+        "expert": "owner/expert@main",
+        "other": "owner/other@refs/pr/1",
+        "third": "https://example.org/models/third",
+    }
+    for wrong in ("owner/expert@", "owner@main", "ftp://example.org/x", "a/b@c d", "https:// x"):
+        with pytest.raises(RecipeError, match=r"models.0.model: .* \(owner/name or owner/name@rev"):
+            load_recipe(write(models=[wrong]))
+
+
+def test_scope_and_remote_code(write):
+    recipe = load_recipe(write())
+    assert recipe.scope == "linear" and recipe.trust_remote_code is False
+    recipe = load_recipe(write(scope="all", trust_remote_code=True))
+    assert recipe.scope == "all" and recipe.trust_remote_code is True
+    with pytest.raises(RecipeError, match="scope: .*'linear' or 'all'"):
+        load_recipe(write(scope="vision"))
+
+
+SHIPPED = sorted((Path(__file__).resolve().parents[1] / "data" / "recipes").glob("*.yaml"))
+TO_FILL = {  # what the paper names without an owner, or not at all
+    "paper_table06_different_makers": ["Qwen2-VL-7B-GRPO-8k", "Qwen2-VL-7B-Pokemon"],
+    "paper_table09_qwen2_5_vl_32b": [
+        f"Qwen2.5-VL-32B-{task}" for task in ("OCR", "VQA", "Geometry", "Chart", "Grounding")
+    ],
+}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_recipes_load_and_every_method_takes_its_options(path, tmp_path, monkeypatch):
+    folders = TO_FILL.get(path.stem, [])
+    if folders:
+        with pytest.raises(RecipeError, match=f"'../models/{folders[0]}' is neither a folder"):
+            load_recipe(path)
+        for folder in folders:
+            (tmp_path / "models" / folder).mkdir(parents=True)
+        (tmp_path / "recipes").mkdir()
+        path = shutil.copy(path, tmp_path / "recipes")
+    recipe = load_recipe(path)
+    for method in METHODS:
+        check_method(method, recipe.options(method), len(recipe.experts))
+    if recipe.name.startswith("paper_"):
+        assert recipe.scaling_coefficients == [0.1, 0.3, 0.5, 0.7, 1.0, 1.5]
+        assert recipe.options("optmerge")["preset"] in ("full", "lora", "modality")
+        assert recipe.options("ties") == {"density": 0.2}
+        assert recipe.options("dare_task_arithmetic") == {"drop_rate": 0.2}
+        assert recipe.options("wudi") == {"learning_rate": 1e-5, "steps": 300}
+
+
+def test_the_papers_studies_are_there():
+    tables = {path.stem[6:13] for path in SHIPPED if path.stem.startswith("paper_")}
+    assert tables == {"table02", "table03", "table05", "table06", "table09"}
 
 
 @pytest.mark.parametrize(
