@@ -11,6 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from optmerge_core.adapters import Adapter, open_expert
-from optmerge_core.checkpoints import Checkpoint, open_checkpoint
+from optmerge_core.checkpoints import URL, Checkpoint, open_checkpoint
 from optmerge_core.checks import (
+    check_changes,
     check_experts,
     check_finite,
     check_folders,
+    check_read,
     check_request,
+    check_unchanged,
     dtype_name,
     in_range,
     parse_device,
     parse_dtype,
+    tied_head,
 )
 from optmerge_core.methods import METHODS, dare
 from optmerge_core.parallel import in_order
@@ -53,21 +58,27 @@ def merge(
     seed: int = 0,
     overwrite: bool = False,
     family: str | None = None,
+    scope: str = "linear",
     max_shard_size: int | str = "500MB",
+    stream: bool = False,
 ) -> MergeReport:
     """Merge fine-tuned experts of one base model into a complete Hugging Face folder.
 
-    `base_model` and the values of `experts` (name -> location) are folders or hub ids, an expert's
-    also a PEFT LoRA adapter's. A parameter
-    that merges (see `parameters.mergeable`; `family` replaces config.json's model type) becomes
+    `base_model` and the values of `experts` (name -> location) are folders or hub ids
+    (`owner/name@revision`), an expert's also a PEFT LoRA adapter's. A parameter that merges (see
+    `parameters.mergeable`; `family` replaces config.json's model type) becomes
     base + scaling_coefficient * METHODS[method](stack of task vectors), computed in float32 on
     `device` and stored in the base's dtype. All else is the base's, byte for byte. With `dtype`,
-    every floating-point parameter is stored in that dtype. `trim="model"` lets the TIES methods
-    trim over the whole model instead of per tensor, at the cost of two more readings.
+    every floating-point parameter is stored in that dtype. With `scope="all"` every floating-point
+    parameter merges that all experts have in the base's shape, not the language model's linear
+    layers alone; methods for matrices take the mean of all others. `trim="model"` lets the TIES
+    methods trim over the whole model instead of per tensor, at the cost of two more readings.
 
     Memory: one parameter of all experts with the method's workspace, and one output shard. Besides
     the merge itself every input is read twice: before it to look for NaN and Inf, after it to hash
-    the files for the report.
+    the files for the report. With `stream`, inputs may stay on the hub or a web server (URLs), and
+    are read once, over the network: NaN and Inf are looked for in what has just come, and hashes
+    are those the hub tells. `trim="model"` then needs local inputs.
 
     Raises `ValueError` (`CheckpointError` for files), and nothing is left at `output_dir`.
     """
@@ -78,11 +89,18 @@ def merge(
     device, dtype = parse_device(device), parse_dtype(dtype)
     reset_peak_memory(device)
 
-    base = open_checkpoint(base_model)
-    opened = {name: open_expert(location, base) for name, location in experts.items()}
+    base = open_checkpoint(base_model, stream=stream)
+    opened = {name: open_expert(location, base, stream) for name, location in experts.items()}
+    remote = [x.source for x in (base, *opened.values()) if URL.match(x.source)]
+    if remote and trim == "model":
+        raise ValueError(
+            f"trim='model' reads all weights three times, too often for {remote[0]}; download the "
+            "models first (no stream), or use trim='tensor'"
+        )
     model_type = family or base.config().get("model_type")
-    names = mergeable(base.shapes(), model_type)
-    check_experts(base, opened, names, model_type)
+    tied = tied_head(base) if scope == "all" else {}
+    names = [name for name in mergeable(base.shapes(), model_type, scope) if name not in tied]
+    names = check_experts(base, opened, names, model_type)
     check_folders(base, opened, Path(output_dir))
     stored = {
         name: dtype if dtype and base.dtype(name).is_floating_point else base.dtype(name)
@@ -92,17 +110,21 @@ def merge(
     writer = CheckpointWriter(
         output_dir, max_shard_size, overwrite=overwrite, expected_bytes=expected_bytes
     )
-    check_finite(base, opened, names)
-
     task_vectors = TaskVectors(base, opened, names, device)
-    merge_parameter = parameter_merger(task_vectors, method, options, seed, trim)
     merging, records = frozenset(names), []
 
     def result(name: str) -> tuple[Tensor, dict[str, Any] | None]:
         tensor, record = base[name], None
-        if name in merging:
-            stack, merged = merge_parameter(name)
-            record = _record(name, stack, merged, task_vectors.expert_names)
+        source = tied.get(name, name)  # a head on disk stays what its embeddings become
+        if stream:
+            check_read(name, "the base", tensor)
+        if source in merging:
+            stack = task_vectors.stack(source, tensor)
+            if stream:
+                for expert, task_vector in zip(opened, stack, strict=True):
+                    check_read(name, f"expert {expert}", task_vector)
+            stack, merged = merge_parameter(source, stack)
+            record = _record(name, tensor, stack, merged, task_vectors.expert_names)
             tensor = apply(tensor, merged, scaling_coefficient, stored[name])
         return in_range(name, tensor.to("cpu", stored[name])), record
 
@@ -110,13 +132,22 @@ def merge(
         """Bytes that a parameter takes at most while it is merged: some ten stacks in float32."""
         return 40 * len(opened) * math.prod(base.shape(name)) if name in merging else 0
 
-    with writer:
+    merged_names = [source for name in base if (source := tied.get(name, name)) in merging]
+    readings = [(base, base), *((x, merged_names) for x in opened.values())]
+    with writer, _streaming(readings) if stream else nullcontext():
+        if not stream:
+            check_changes(base, opened, names)
+            check_finite(base, opened, names)
+        merge_parameter = parameter_merger(task_vectors, method, options, seed, trim)
         results = in_order(result, base, device, memory)
         progress = tqdm(base, desc=f"merging ({method})", unit="parameter")
         for name, (tensor, record) in zip(progress, results, strict=True):
             writer.add(name, tensor)
             if record:
                 records.append(record)
+        if stream:
+            norms = {x: [record["expert_norms"][x] for record in records] for x in opened}
+            check_unchanged([x for x in opened if not any(norms[x])], len(opened), len(names))
         writer.copy_side_files(base.folder)
         if dtype is not None:
             config = _with_dtype(base.config() | {"dtype": ""}, dtype_name(dtype))
@@ -130,6 +161,7 @@ def merge(
             method_options=options,
             scaling_coefficient=scaling_coefficient,
             trim=trim,
+            scope=scope,
             seed=seed,
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
             dtype=dtype and dtype_name(dtype),
@@ -137,14 +169,15 @@ def merge(
             base_model=described[0],
             experts=dict(zip(opened, described[1:], strict=True)),
             parameters=records,
-            parameters_kept=len(base) - len(names),
+            parameters_kept=len(base) - len(records),
             seconds=time.perf_counter() - started,
             peak_memory_bytes=peak_memory_bytes,
             peak_device_memory_bytes=peak_device_memory_bytes,
             versions={name: version(name) for name in ("torch", "safetensors")},
+            family=family,
         )
         writer.write_text("merge_report.json", report.to_json())
-        writer.write_text("README.md", report.model_card(base.config()))
+        writer.write_text("README.md", report.model_card(base.config(), base.folder))
     return report
 
 
@@ -177,8 +210,11 @@ def merge_tensors(
 
 def parameter_merger(
     task_vectors: TaskVectors, method: str, options: dict[str, Any], seed: int, trim: str
-) -> Callable[[str], tuple[Tensor, Tensor]]:
-    """The loop body: name -> (stack (experts, *shape), merged task vector (*shape))."""
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The loop body: name -> (stack (experts, *shape), merged task vector (*shape)).
+
+    Its second argument is the stack, where the caller has it already.
+    """
 
     def random(name: str) -> dict[str, list[torch.Generator]]:
         if not method.startswith("dare_"):
@@ -201,18 +237,21 @@ def parameter_merger(
         )
         options = options | {"thresholds": thresholds}
 
-    def merge_parameter(name: str) -> tuple[Tensor, Tensor]:
-        stack = task_vectors[name]
+    def merge_parameter(name: str, stack: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        stack = task_vectors[name] if stack is None else stack
         return stack, METHODS[method](stack, **options, **random(name))
 
     return merge_parameter
 
 
-def _record(name: str, stack: Tensor, merged: Tensor, expert_names: list[str]) -> dict[str, Any]:
+def _record(
+    name: str, base: Tensor, stack: Tensor, merged: Tensor, expert_names: list[str]
+) -> dict[str, Any]:
     norms = [_norm(x) for x in (merged, *stack)]
     return {
         "name": name,
         "shape": list(merged.shape),
+        "base_norm": _norm_in_blocks(base),
         "merged_norm": norms[0],
         "expert_norms": dict(zip(expert_names, norms[1:], strict=True)),
     }
@@ -224,10 +263,23 @@ def _norm(tensor: Tensor) -> float:
     return torch.linalg.vector_norm(rows, dtype=torch.float64).item()
 
 
+def _norm_in_blocks(tensor: Tensor) -> float:
+    """The same of half precision, with no copy in float32 but of some rows that the cache holds."""
+    rows = [torch.linalg.vector_norm(x.float(), dim=-1).reshape(-1) for x in tensor.split(256)]
+    return torch.linalg.vector_norm(torch.cat(rows), dtype=torch.float64).item()
+
+
+def _streaming(readings: list[tuple[Mapping[str, Tensor], Iterable[str]]]) -> Any:
+    from optmerge_core.remote import streaming  # only here: it takes a while to import
+
+    return streaming(readings)
+
+
 def _describe(location: str | Path, checkpoint: Checkpoint | Adapter) -> dict[str, Any]:
     return {
         "location": str(location),
         "revision": checkpoint.revision,
+        "source": checkpoint.source,
         "sha256": checkpoint.sha256(),
     }
 
