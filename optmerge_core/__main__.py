@@ -1,4 +1,4 @@
-"""python -m optmerge_core merge | inspect | run RECIPE."""
+"""python -m optmerge_core merge | inspect | run RECIPE, benchmarks MODEL."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+import pandas as pd
 from rich.console import Console
 from rich.table import Table
-from tqdm.auto import tqdm
+from rich.text import Text
 
 from optmerge_core.adapters import open_expert
 from optmerge_core.checkpoints import open_checkpoint
 from optmerge_core.checks import check_experts
+from optmerge_core.diagnosis import diagnose
 from optmerge_core.merge import merge
-from optmerge_core.parameters import mergeable
+from optmerge_core.parameters import mergeable, summary
 from optmerge_core.pipeline import NotebookError, run
 from optmerge_core.recipe import load_recipe
-from optmerge_core.task_vectors import TaskVectors, layer_norms
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,10 +53,12 @@ def merge_command(options: argparse.Namespace) -> None:
         ),
         device=options.device,
         dtype=recipe.dtype,
-        trim=recipe.trim,
+        trim=recipe.trim if method in ("ties", "dare_ties") else "tensor",
         seed=recipe.seed,
         family=recipe.family,
+        scope=recipe.scope,
         overwrite=options.overwrite,
+        stream=options.stream,
     )
     print(
         f"{options.output}: {len(report.parameters)} parameters of {len(report.experts)} experts "
@@ -64,35 +69,142 @@ def merge_command(options: argparse.Namespace) -> None:
 
 def inspect_command(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe)
-    base = open_checkpoint(recipe.base_model)
-    experts = {name: open_expert(location, base) for name, location in recipe.experts.items()}
+    base = open_checkpoint(recipe.base_model, stream=options.stream)
+    experts = {
+        name: open_expert(location, base, options.stream)
+        for name, location in recipe.experts.items()
+    }
     model_type = recipe.family or base.config().get("model_type")
-    names = mergeable(base.shapes(), model_type)
-    check_experts(base, experts, names, model_type)
-    task_vectors = TaskVectors(base, experts, tqdm(names, desc="reading", unit="parameter"))
-    norms = layer_norms(task_vectors)
-
-    console = Console()
+    names = mergeable(base.shapes(), model_type, recipe.scope)
+    names = check_experts(base, experts, names, model_type)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     console.print(
         f"{recipe.name}: {model_type}, {len(names)} parameters merge, {len(base) - len(names)} "
-        "are the base's",
-        highlight=False,
+        "are the base's"
     )
-    table = Table("expert", title="task vector norm relative to the base model's")
-    for column in ("all layers", "least layer", "greatest layer"):
-        table.add_column(column, justify="right")
-    for name, rows in norms.groupby("expert", sort=False):
-        squares = rows[["norm", "base_norm"]].pow(2)
-        by_layer = squares.groupby(rows["layer"]).sum().pow(0.5)
-        layers = by_layer["norm"] / by_layer["base_norm"]
-        total = squares.sum().pow(0.5)
-        values = [total["norm"] / total["base_norm"], layers.min(), layers.max()]
-        table.add_row(name, *(f"{value:.2%}" for value in values))
-    console.print(table)
+    with warnings.catch_warnings(action="ignore"):  # mergeable has said it
+        family = summary(base.shapes(), model_type, recipe.scope)
+    family["merges"] = [
+        "yes" if row.merges else f"no: {row.why}" for row in family.itertuples(index=False)
+    ]
+    _print_table(console, "parameters", family[["parameters", "count", "shapes", "merges"]])
+
+    method = recipe.merge_method
+    diagnosis = diagnose(
+        base,
+        experts,
+        names,
+        method=method,
+        options=recipe.options(method),
+        scaling_coefficient=recipe.scaling_coefficient,
+    )
+    columns = ["stored", "relative_norm", "others", "unchanged", "rounding"]
+    ranks = diagnosis.experts[["rank", "entropy_rank", "full_rank"]].map("{:.0f}".format)
+    _print_table(
+        console,
+        "task vectors",
+        diagnosis.experts[columns].join(ranks).rename_axis("expert").reset_index(),
+        "relative_norm: of the base's; others: what the other experts add in a sum, likewise; "
+        "unchanged: entries equal to the base's; rounding: share of the energy that is noise",
+    )
+    layers = diagnosis.layers.rename_axis(columns=None).reset_index()
+    _print_table(console, "relative norm by layer", layers)
+    _print_table(console, "pairs of experts", diagnosis.pairs.reset_index())
+    _print_table(console, "changed, but not merged", diagnosis.dropped)
+    for finding in diagnosis.findings:
+        color = {"problem": "red", "warning": "yellow", "note": "cyan"}[finding.severity]
+        console.print(Text.assemble((f"{finding.severity}: ", color), str(finding)))
+    if all(finding.severity == "note" for finding in diagnosis.findings):
+        console.print("Nothing measured speaks against this merge.")
+
+
+def _print_table(
+    console: Console, title: str, rows: pd.DataFrame, caption: str | None = None
+) -> None:
+    """Floats are shares, shown in per cent; nothing for no rows."""
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    for name, column in rows.items():
+        text = not pd.api.types.is_numeric_dtype(column)
+        heading = str(name).replace("_", " ")
+        table.add_column(heading, justify="left" if text else "right", overflow="fold")
+        rows = rows.assign(**{name: [_cell(value) for value in column]})
+    for row in rows.itertuples(index=False):
+        table.add_row(*row)
+    if len(rows):
+        console.print(table)
+
+
+def _cell(value: Any) -> str:
+    return ("–" if pd.isna(value) else f"{value:.1%}") if isinstance(value, float) else str(value)
 
 
 def run_command(options: argparse.Namespace) -> None:
-    run(options.recipe, options.output, options.device)
+    if options.sweep is None:
+        run(options.recipe, options.output, options.device)
+        return
+    from optmerge_core.sweep import parse_axes, readable, sweep  # slow: matplotlib
+
+    if options.output is None:
+        raise ValueError("--sweep: give --output DIR, the folder of its table")
+    axes = parse_axes(options.sweep)
+    score_of = _validation_score(options)
+    table = readable(sweep(options.recipe, axes, options.output, options.device, score_of))
+    shown = Table(title="validation accuracy (%), and what needs no data")
+    for name in table:
+        text = name in ("recipe", "method", "options")
+        shown.add_column(name, justify="left" if text else "right")
+    for row in table.itertuples(index=False):
+        texts = (f"{x:.4g}" if isinstance(x, float) else str(x) for x in row)
+        shown.add_row(*("–" if text == "nan" else text for text in texts))
+    Console(width=1000, soft_wrap=True, highlight=False).print(shown)  # as wide as it is
+    print(f"to read: {options.output}/index.html; all points: {options.output}/figures")
+
+
+def _validation_score(options: argparse.Namespace):
+    """recipe -> how a sweep scores its merged models; None where it names no questions."""
+
+    def score_of(recipe):
+        if recipe.evaluation.data is None:
+            return None
+        from optmerge_core.benchmark import evaluation  # the package itself needs no benchmark
+
+        count = recipe.evaluation.validation_samples
+        data = evaluation.load_split(recipe.evaluation.data, "validation", count)
+        evaluator = evaluation.Evaluator(
+            recipe.base_model,
+            data,
+            device=options.device,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+        return lambda *merged: evaluation.accuracy(evaluator.merged(*merged)).to_dict()
+
+    return score_of
+
+
+def benchmarks_command(options: argparse.Namespace) -> None:
+    from optmerge_core import plotting, public_benchmarks, public_results  # slow: matplotlib
+
+    if (options.model is None) == (options.results is None):
+        raise ValueError("give either a merged model's folder, or --results with result files")
+    if options.model is not None:
+        files = public_benchmarks.hand_off(options.model, options.table)
+        if options.output is None:
+            print(files["benchmarks.md"])
+            return
+        Path(options.output).mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            Path(options.output, name).write_text(text, encoding="utf-8")
+        print(f"{options.output}: {', '.join(files)}; run each script in its toolkit's environment")
+        return
+    results = public_results.read_results(options.results)
+    table = public_results.beside_paper(results, options.table, options.row)
+    print(f"Table {options.table}: {public_benchmarks.TABLES[options.table][1]}\n")
+    print(plotting.markdown(table))
+    for line in public_results.remarks(results, options.table):
+        print(line)
+    if options.output is not None:
+        name = f"tablexx_public_benchmarks_{options.table}"
+        print(f"saved: {plotting.save_table(table, options.output, name)}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -118,8 +230,30 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--method", help="another method than the recipe's")
     sub.add_argument("--scaling-coefficient", type=float, metavar="X", help="not the recipe's")
     sub.add_argument("--overwrite", action="store_true", help="replace a checkpoint at DIR")
-    add("inspect", inspect_command, "show what a recipe's merge would merge", output=False)
-    add("run", run_command, "run the notebooks on a recipe, or on several and compare")
+    stream = "read weights from the hub or a web server tensor by tensor, without downloading them"
+    sub.add_argument("--stream", action="store_true", help=stream)
+    text = "measure a recipe's experts and say whether they will merge"
+    sub = add("inspect", inspect_command, text, output=False)
+    sub.add_argument("--stream", action="store_true", help=stream)
+    text = "run the notebooks on a recipe, or on several and compare; or sweep over settings"
+    sub = add("run", run_command, text)
+    sub.add_argument(
+        "--sweep",
+        metavar="NAME=VALUE,VALUE",
+        nargs="*",
+        help="no notebooks, but one table of all combinations: method=ties,optmerge "
+        "lambda=0.3,0.7,1 rank_ratio=0.1,0.2",
+    )
+    text = "how to run public benchmarks on a merged model, or their results beside the paper's"
+    sub = commands.add_parser("benchmarks", help=text, description=text)
+    sub.set_defaults(command=benchmarks_command)
+    sub.add_argument("model", metavar="MODEL", nargs="?", help="folder of a merged model")
+    sub.add_argument(
+        "--results", metavar="PATH", nargs="+", help="files of lmms-eval and VLMEvalKit, or folders"
+    )
+    sub.add_argument("--table", default="2", help="of the paper: 2 (default), 3, 6, 9 or 10")
+    sub.add_argument("--row", default="OptMerge", help="of that table (default: OptMerge)")
+    sub.add_argument("--output", metavar="DIR", help="folder to write scripts or the table to")
     return parser
 
 

@@ -165,7 +165,11 @@ def subspace_overlap(task_vectors: Tensor, rank: int, side: str = "input") -> Te
     """
     check_choice("side", side, ("input", "output"))
     U, _, Vh = truncated_svd(task_vectors, rank)
-    bases = Vh if side == "input" else U.mT
+    return basis_overlap(Vh if side == "input" else U.mT)
+
+
+def basis_overlap(bases: Tensor) -> Tensor:
+    """`subspace_overlap` of orthonormal rows that are there already: (N, k, n) -> (N, N)."""
     cosines = torch.einsum("ian,jbn->ijab", bases, bases)
     return cosines.square().sum((-2, -1)) / bases.shape[1]
 

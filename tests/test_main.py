@@ -1,8 +1,12 @@
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import huggingface_hub
 import pytest
 import yaml
+from web import Web
 
 from optmerge_core.__main__ import main
 from optmerge_core.checkpoints import open_checkpoint
@@ -33,6 +37,42 @@ def test_inspect(recipe, capsys):
     shown = capsys.readouterr().out
     assert "internvl, 14 parameters merge" in shown
     assert all(name in shown for name in ("chart", "ocr", "vqa")) and "%" in shown
+    assert "language_model.model.layers.*.mlp.up_proj.weight" in shown  # what merges
+    assert "sign conflict" in shown and "warning: ocr, vqa: moved by 10.0% to 10.1%" in shown
+
+
+def test_inspect_says_what_it_found(recipe, tiny, tmp_path, capsys):
+    content = yaml.safe_load(Path(recipe).read_text())
+    shutil.copytree(tiny.base, tmp_path / "lazy")
+    content["models"].append({"model": str(tmp_path / "lazy")})
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump(content))
+    assert main(["inspect", str(again)]) == 0
+    shown = capsys.readouterr().out
+    assert "problem: lazy: its task vector is zero." in shown
+    content["models"] = content["models"][:1]
+    again.write_text(yaml.safe_dump(content))
+    assert main(["inspect", str(again)]) == 0
+    assert "Nothing measured speaks against this merge." in capsys.readouterr().out
+
+
+def test_inspect_streams_each_tensor_once(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    huggingface_hub.close_session()
+    folders = {"base": tiny.base} | tiny.experts
+    with Web(folders) as web:
+        models = [{"model": f"{web.url}/{name}", "name": name} for name in tiny.experts]
+        path = tmp_path / "web.yaml"
+        path.write_text(yaml.safe_dump({"base_model": f"{web.url}/base", "models": models}))
+        assert main(["inspect", str(path), "--stream"]) == 0
+        base = open_checkpoint(tiny.base)
+        weights = [end - start for file, start, end in web.sent if file.startswith("/base/")]
+        held = sum(base.nbytes(name) for name in base)
+        files = sum(file.stat().st_size for file in base.files)
+        assert held <= sum(weights) <= files + 8 * len(base.files)
+    huggingface_hub.close_session()
+    assert "sign conflict" in capsys.readouterr().out
 
 
 def test_errors_are_one_line_and_exit_status_1(tmp_path):
