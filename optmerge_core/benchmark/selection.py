@@ -6,8 +6,6 @@ from tqdm.auto import tqdm
 
 from optmerge_core.optmerge import PRESETS
 
-from .tasks import TASKS
-
 
 def bootstrap(answers, resamples=1000, seed=0):
     """Resampled accuracies (resamples, tasks + 1), in per cent; the last column is the average.
@@ -17,7 +15,7 @@ def bootstrap(answers, resamples=1000, seed=0):
     """
     rng = np.random.default_rng(seed)
     columns = []
-    for task in TASKS:
+    for task in answers["task"].unique():
         correct = answers.loc[answers["task"] == task, "correct"].to_numpy(float)
         draws = rng.integers(len(correct), size=(resamples, len(correct)))
         columns.append(100 * correct[draws].mean(1))
