@@ -59,7 +59,7 @@ def merge(
     overwrite: bool = False,
     family: str | None = None,
     scope: str = "linear",
-    max_shard_size: int | str = "500MB",
+    max_shard_size: int | str = "400MB",
     stream: bool = False,
 ) -> MergeReport:
     """Merge fine-tuned experts of one base model into a complete Hugging Face folder.

@@ -184,7 +184,7 @@ def compose(
     device: str = "auto",
     seed: int = 0,
     overwrite: bool = False,
-    max_shard_size: int | str = "500MB",
+    max_shard_size: int | str = "400MB",
 ) -> Path:
     """Merge the specialists' language models and write one Omni model with all their towers.
 

@@ -42,7 +42,7 @@ class CheckpointWriter:
     def __init__(
         self,
         output_dir: str | Path,
-        max_shard_size: int | str = "500MB",
+        max_shard_size: int | str = "400MB",
         *,
         overwrite: bool = False,
         expected_bytes: int = 0,
