@@ -14,18 +14,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from optmerge_core.adapters import open_expert
-from optmerge_core.checkpoints import open_checkpoint
-from optmerge_core.checks import check_experts
 from optmerge_core.diagnosis import diagnose
 from optmerge_core.merge import merge
-from optmerge_core.parameters import mergeable, summary
+from optmerge_core.parameters import summary
 from optmerge_core.pipeline import NotebookError, run
-from optmerge_core.recipe import load_recipe
+from optmerge_core.recipe import load_recipe, open_models
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status, 1 for an error that is explained on stderr."""
+    """Run one command; returns the exit status, 1 for an error that is explained on stderr.
+
+    130, as shells count it, when it was interrupted: a merge leaves nothing then, a run continues
+    where it was.
+    """
     options = _parser().parse_args(arguments)
     with warnings.catch_warnings():
         warnings.simplefilter("default")
@@ -35,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (ValueError, OSError, NotebookError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
     return 0
 
 
@@ -42,15 +46,31 @@ def merge_command(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe)
     method = options.method or recipe.merge_method
     scaling_coefficient = options.scaling_coefficient
+    if scaling_coefficient is None:
+        scaling_coefficient = recipe.scaling_coefficient
+    if recipe.merges == "modalities":
+        from optmerge_core.omni import compose  # slow: transformers and PEFT
+
+        compose(
+            recipe.base_model,
+            recipe.experts,
+            options.output,
+            method=method,
+            method_options=recipe.options(method),
+            scaling_coefficient=scaling_coefficient,
+            device=options.device,
+            seed=recipe.seed,
+            overwrite=options.overwrite,
+        )
+        print(f"{options.output}: one Omni model of {', '.join(recipe.experts)}")
+        return
     report = merge(
         recipe.base_model,
         recipe.experts,
         options.output,
         method=method,
         method_options=recipe.options(method),
-        scaling_coefficient=(
-            recipe.scaling_coefficient if scaling_coefficient is None else scaling_coefficient
-        ),
+        scaling_coefficient=scaling_coefficient,
         device=options.device,
         dtype=recipe.dtype,
         trim=recipe.trim if method in ("ties", "dare_ties") else "tensor",
@@ -69,18 +89,12 @@ def merge_command(options: argparse.Namespace) -> None:
 
 def inspect_command(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe)
-    base = open_checkpoint(recipe.base_model, stream=options.stream)
-    experts = {
-        name: open_expert(location, base, options.stream)
-        for name, location in recipe.experts.items()
-    }
+    base, experts, names = open_models(recipe, options.stream)
     model_type = recipe.family or base.config().get("model_type")
-    names = mergeable(base.shapes(), model_type, recipe.scope)
-    names = check_experts(base, experts, names, model_type)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     console.print(
         f"{recipe.name}: {model_type}, {len(names)} parameters merge, {len(base) - len(names)} "
-        "are the base's"
+        + ("are averaged" if recipe.merges == "modalities" else "are the base's")
     )
     with warnings.catch_warnings(action="ignore"):  # mergeable has said it
         family = summary(base.shapes(), model_type, recipe.scope)

@@ -211,9 +211,17 @@ def check_unchanged(unchanged: list[str], experts: int, parameters: int) -> None
 
 
 def check_finite(base: Checkpoint, experts: Mapping[str, Checkpoint], names: list[str]) -> None:
-    """Raise one `ValueError` that lists every parameter with NaN or Inf: reads all that is used."""
+    """Raise one `ValueError` that lists every parameter with NaN or Inf.
+
+    Reads all of the base, and of `names` what an expert has.
+    """
     readings = [("the base", base, name) for name in base]
-    readings += [(f"expert {n}", expert, name) for n, expert in experts.items() for name in names]
+    readings += [
+        (f"expert {n}", expert, name)
+        for n, expert in experts.items()
+        for name in names
+        if name in expert
+    ]
 
     def problem(reading: tuple[str, Checkpoint, str]) -> str | None:
         owner, checkpoint, name = reading

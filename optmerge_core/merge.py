@@ -124,7 +124,7 @@ def merge(
                 for expert, task_vector in zip(opened, stack, strict=True):
                     check_read(name, f"expert {expert}", task_vector)
             stack, merged = merge_parameter(source, stack)
-            record = _record(name, tensor, stack, merged, task_vectors.expert_names)
+            record = record_of(name, tensor, stack, merged, task_vectors.expert_names)
             tensor = apply(tensor, merged, scaling_coefficient, stored[name])
         return in_range(name, tensor.to("cpu", stored[name])), record
 
@@ -153,7 +153,7 @@ def merge(
             config = _with_dtype(base.config() | {"dtype": ""}, dtype_name(dtype))
             writer.write_text("config.json", json.dumps(config, indent=2) + "\n")
         inputs = [(base_model, base), *((experts[name], opened[name]) for name in opened)]
-        described = list(in_order(lambda pair: _describe(*pair), inputs))
+        described = list(in_order(lambda pair: describe(*pair), inputs))
         peak_memory_bytes, peak_device_memory_bytes = peak_memory(device)
         report = MergeReport(
             output_dir=str(output_dir),
@@ -244,9 +244,10 @@ def parameter_merger(
     return merge_parameter
 
 
-def _record(
+def record_of(
     name: str, base: Tensor, stack: Tensor, merged: Tensor, expert_names: list[str]
 ) -> dict[str, Any]:
+    """What `merge_report.json` says of one merged parameter; stack: (experts, *shape)."""
     norms = [_norm(x) for x in (merged, *stack)]
     return {
         "name": name,
@@ -275,7 +276,8 @@ def _streaming(readings: list[tuple[Mapping[str, Tensor], Iterable[str]]]) -> An
     return streaming(readings)
 
 
-def _describe(location: str | Path, checkpoint: Checkpoint | Adapter) -> dict[str, Any]:
+def describe(location: str | Path, checkpoint: Checkpoint | Adapter) -> dict[str, Any]:
+    """What `merge_report.json` says of an input: where it is, its commit, its files' hashes."""
     return {
         "location": str(location),
         "revision": checkpoint.revision,

@@ -84,6 +84,8 @@ class MergeReport:
     family: str | None = None
     """as asked for; None where config.json's model type decided"""
     scope: str = "linear"
+    added_tokens: dict[str, dict[int, int]] | None = None
+    """of an Omni model: modality -> its numbers of tokens that the base lacks -> their new ones"""
 
     def to_json(self) -> str:
         """Indented JSON of all fields; what JSON has no word for is written as text."""
@@ -158,6 +160,29 @@ class MergeReport:
             'model = PeftModel.from_pretrained(model, "path/to/this/folder")'
         )
         return self._card(front_matter, "adapters", "adapter", what, recipe, load)
+
+    def omni_card(self) -> str:
+        """README.md of a composed Omni model: the call that makes it again, inputs, how to load."""
+        front_matter = {"library_name": "transformers", "tags": ["merge", "optmerge", "omni"]}
+        specialists = {name: _pinned(item) for name, item in self.experts.items()}
+        recipe = (
+            "```python\nfrom optmerge_core.omni import compose\n\ncompose(\n"
+            f"    {_pinned(self.base_model)!r},\n    {specialists!r},\n"
+            f'    "merged",\n    method={self.method!r},\n'
+            f"    method_options={self.method_options!r},\n"
+            f"    scaling_coefficient={self.scaling_coefficient!r},\n    seed={self.seed!r},\n"
+            ")\n```\n\nThis call"
+        )
+        what = (
+            f"{len(self.parameters)} parameters of the language model are merged, "
+            f"{self.parameters_kept} others (embeddings, norms) are the specialists' mean, their "
+            "towers and connectors are copied"
+        )
+        load = (
+            "from optmerge_core.omni import OmniForConditionalGeneration\n\n"
+            'model = OmniForConditionalGeneration.from_pretrained("path/to/this/folder")'
+        )
+        return self._card(front_matter, "specialists", "model", what, recipe, load)
 
     def _card(
         self, front_matter: dict, kind: str, result: str, what: str, recipe: str, load: str

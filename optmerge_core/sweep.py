@@ -24,16 +24,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from optmerge_core import mergekit, plotting
-from optmerge_core.adapters import open_expert
-from optmerge_core.checkpoints import open_checkpoint
-from optmerge_core.checks import check_experts, check_method, parse_device, tied_head
+from optmerge_core.checks import check_method, parse_device
 from optmerge_core.index_page import write_index
 from optmerge_core.interference import interference
 from optmerge_core.merge import merge_tensors
 from optmerge_core.methods import METHODS
-from optmerge_core.omni import LanguageModel, open_specialist
-from optmerge_core.parameters import mergeable
-from optmerge_core.recipe import Recipe, load_recipe
+from optmerge_core.recipe import Recipe, load_recipe, open_models
 from optmerge_core.task_vectors import TaskVectors
 
 NAME = "tablexx_sweep"
@@ -183,7 +179,7 @@ def _study(
 ) -> Iterable[tuple[tuple, dict[str, Any]]]:
     """The rows of one recipe's points, as they are finished."""
     recipe = pending[0].recipe
-    base, experts, names = _open(recipe)
+    base, experts, names = open_models(recipe)
     score = score_of(recipe)
     task_vectors = TaskVectors(base, experts, names, device)
     for _, group in itertools.groupby(pending, key=lambda point: point.key[:3]):
@@ -201,22 +197,6 @@ def _study(
             scores = score(base, merged, point.scaling_coefficient) if score else {}
             row = dict(zip([*KEYS, "settings"], point.key, strict=True)) | dict(scores)
             yield point.key, row | measure(point.scaling_coefficient) | {"seconds": seconds}
-
-
-def _open(recipe: Recipe) -> tuple[Weights, dict[str, Weights], list[str]]:
-    """Base model, experts and the names of the parameters that merge."""
-    checkpoint = open_checkpoint(recipe.base_model)
-    model_type = recipe.family or checkpoint.config().get("model_type")
-    if recipe.merges == "modalities":
-        base = LanguageModel(checkpoint)
-        specialists = {n: open_specialist(source) for n, source in recipe.experts.items()}
-        experts = {name: each.language_model for name, each in specialists.items()}
-        return base, experts, mergeable({name: base.shape(name) for name in base}, model_type)
-    experts = {name: open_expert(source, checkpoint) for name, source in recipe.experts.items()}
-    tied = tied_head(checkpoint) if recipe.scope == "all" else {}
-    names = mergeable(checkpoint.shapes(), model_type, recipe.scope)
-    names = [name for name in names if name not in tied]
-    return checkpoint, experts, check_experts(checkpoint, experts, names, model_type)
 
 
 def _data_free(task_vectors: TaskVectors, merged: Weights) -> Callable[[float], dict[str, float]]:

@@ -44,15 +44,11 @@ from optmerge_core.benchmark.omni_models import (
     prompt,
 )
 from optmerge_core.checkpoints import open_checkpoint
-from optmerge_core.omni import (
-    LanguageModel,
-    OmniForConditionalGeneration,
-    compose,
-    open_specialist,
-)
+from optmerge_core.omni import OmniForConditionalGeneration, compose
 from optmerge_core.online import online_weights, route
 from optmerge_core.parameters import mergeable
 from optmerge_core.recipe import Recipe
+from optmerge_core.specialists import LanguageModel, open_specialist
 
 
 @pytest.fixture(scope="module")

@@ -1,3 +1,5 @@
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,9 @@ from web import Web
 
 from optmerge_core.__main__ import main
 from optmerge_core.checkpoints import open_checkpoint
+from optmerge_core.writer import CheckpointWriter
+
+RECIPES = Path(__file__).parents[1] / "data" / "recipes"
 
 
 @pytest.fixture
@@ -56,6 +61,18 @@ def test_inspect_says_what_it_found(recipe, tiny, tmp_path, capsys):
     assert "Nothing measured speaks against this merge." in capsys.readouterr().out
 
 
+def test_the_omni_recipe_is_inspected_and_merged(tmp_path, capsys):
+    recipe = str(RECIPES / "omni.yaml")
+    assert main(["inspect", recipe]) == 0
+    said = capsys.readouterr().out
+    assert "28 parameters merge, 11 are averaged" in said and "not merged" not in said
+    assert re.search(r"vision *│ *video", said)
+    assert main(["merge", recipe, "--method", "ties", "--output", str(tmp_path / "omni")]) == 0
+    assert "one Omni model of vision, audio, video" in capsys.readouterr().out
+    report = json.loads((tmp_path / "omni" / "merge_report.json").read_text())
+    assert report["method"] == "ties" and len(report["parameters"]) == 28
+
+
 def test_inspect_streams_each_tensor_once(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
@@ -73,6 +90,16 @@ def test_inspect_streams_each_tensor_once(tiny, tmp_path, capsys, monkeypatch):
         assert held <= sum(weights) <= files + 8 * len(base.files)
     huggingface_hub.close_session()
     assert "sign conflict" in capsys.readouterr().out
+
+
+def test_an_interrupted_merge_leaves_nothing(recipe, tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CheckpointWriter, "add", interrupt)
+    assert main(["merge", recipe, "--output", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err.endswith("interrupted\n")
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
 
 
 def test_errors_are_one_line_and_exit_status_1(tmp_path):

@@ -1,7 +1,10 @@
 """Composition of stock specialists: LLaVA, Qwen2-Audio and Video-LLaVA on one tiny Llama."""
 
+import hashlib
+import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +20,9 @@ from transformers import (
 )
 
 from optmerge_core.merge import merge_tensors
-from optmerge_core.omni import OmniForConditionalGeneration, compose, language_name, open_specialist
+from optmerge_core.omni import OmniForConditionalGeneration, compose
 from optmerge_core.parameters import mergeable
+from optmerge_core.specialists import language_name, open_specialist
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +257,53 @@ def test_a_small_update_of_a_bfloat16_model_is_not_rounded_away(family, tmp_path
     assert after.towers.keys() == before.towers.keys()
     assert all(torch.equal(tensor, before.towers[n]) for n, tensor in after.towers.items())
     assert {t.dtype for t in after.towers.values()} == {torch.bfloat16}
+
+
+def test_report_and_card_say_what_was_composed(family, omni, tmp_path):
+    report = json.loads((omni / "merge_report.json").read_text())
+    inputs = {"base": (family.base, report["base_model"])}
+    inputs |= {m: (family.folders[m], report["experts"][m]) for m in family.folders}
+    for folder, item in inputs.values():
+        assert item["location"] == str(folder)
+        assert item["sha256"] == {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in Path(folder).glob("*.safetensors")
+        }
+    merged = load_file(omni / "model.safetensors")
+    base = load_file(Path(family.base, "model.safetensors"))
+    assert len(report["parameters"]) == 14  # seven matrices in each of two layers
+    for record in report["parameters"]:
+        change = merged["language_" + record["name"]] - base[record["name"]]
+        assert record["merged_norm"] == pytest.approx(change.norm().item(), rel=1e-4)
+        assert record["expert_norms"].keys() == family.folders.keys()
+    card = (omni / "README.md").read_text()
+    call = card.partition("```python\n")[2].partition("```")[0].replace("'merged'", "'again'")
+    exec(call.replace('"merged"', repr(str(tmp_path / "again"))))
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (
+        omni / "model.safetensors"
+    ).read_bytes()
+
+
+def test_an_adapters_report_has_its_bases_hashes(family, tmp_path):
+    model = LlavaForConditionalGeneration.from_pretrained(family.folders["vision"])
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=r".*language_model.*up_proj"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    compose(family.base, {"vision": tmp_path / "adapter"}, tmp_path / "one", method="ties")
+    report = json.loads((tmp_path / "one/merge_report.json").read_text())
+    assert report["experts"]["vision"]["sha256"].keys() == {
+        "model.safetensors", "adapter_model.safetensors"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ["language_model", "vision_tower"])
+def test_a_specialist_with_nan_is_refused_before_the_merge(family, tmp_path, where):
+    folder = tmp_path / "broken"
+    shutil.copytree(family.folders["vision"], folder)
+    weights = load_file(folder / "model.safetensors")
+    name = next(n for n, tensor in weights.items() if where in n and tensor.ndim == 2)
+    weights[name][0, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(family, tmp_path, {"vision": folder}, r"1 NaN or Inf")
 
 
 def refused(family, tmp_path, specialists, message, error=ValueError):

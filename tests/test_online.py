@@ -8,14 +8,10 @@ from torch.nn.functional import linear
 
 from optmerge_core.benchmark.decoupling import decouple
 from optmerge_core.checkpoints import open_checkpoint
-from optmerge_core.omni import (
-    LanguageModel,
-    OmniForConditionalGeneration,
-    compose,
-    open_specialist,
-)
+from optmerge_core.omni import OmniForConditionalGeneration, compose
 from optmerge_core.online import RoutedLinear, online_weights, route
 from optmerge_core.parameters import mergeable
+from optmerge_core.specialists import LanguageModel, open_specialist
 
 
 @pytest.fixture

@@ -16,9 +16,10 @@ from tqdm.auto import tqdm
 from optmerge_core import METHODS, load_recipe
 from optmerge_core.checkpoints import open_checkpoint
 from optmerge_core.merge import merge_tensors
-from optmerge_core.omni import LanguageModel, compose, open_specialist
+from optmerge_core.omni import compose
 from optmerge_core.online import TEXT, online_weights, route
 from optmerge_core.parameters import mergeable
+from optmerge_core.specialists import LanguageModel, open_specialist
 
 from .omni_evaluation import OmniEvaluator, accuracies, draw_questions
 from .seeds import OTHERS, SHIPPED
