@@ -187,10 +187,11 @@ def check_changes(base: Checkpoint, experts: Mapping[str, Checkpoint], names: li
     Reads up to the first parameter that differs, so an expert that was trained costs next to
     nothing.
     """
-    unchanged = []
+    unchanged, by_size = [], sorted(names, key=lambda name: math.prod(base.shape(name)))
     for expert_name, expert in experts.items():
         task_vectors = TaskVectors(base, {expert_name: expert}, names)
-        if not any(task_vector.any() for task_vector in task_vectors.values()):
+        pieces = (task_vectors.blocks(name, base[name]) for name in by_size)
+        if not any(block.any() for blocks in pieces for block in blocks):
             unchanged.append(expert_name)
     check_unchanged(unchanged, len(experts), len(names))
 

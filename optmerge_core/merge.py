@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from optmerge_core.adapters import Adapter, open_expert
+from optmerge_core.blocks import Blocks
 from optmerge_core.checkpoints import URL, Checkpoint, open_checkpoint
 from optmerge_core.checks import (
     check_changes,
@@ -36,7 +37,7 @@ from optmerge_core.checks import (
     parse_dtype,
     tied_head,
 )
-from optmerge_core.methods import METHODS, dare
+from optmerge_core.methods import METHODS, dare, merge_blocks, merges_in_blocks
 from optmerge_core.parallel import in_order
 from optmerge_core.parameters import mergeable
 from optmerge_core.report import MergeReport, peak_memory, reset_peak_memory
@@ -112,25 +113,47 @@ def merge(
     )
     task_vectors = TaskVectors(base, opened, names, device)
     merging, records = frozenset(names), []
+    in_blocks = device.type == "cpu" and merges_in_blocks(method, options, trim)
 
     def result(name: str) -> tuple[Tensor, dict[str, Any] | None]:
         tensor, record = base[name], None
         source = tied.get(name, name)  # a head on disk stays what its embeddings become
         if stream:
             check_read(name, "the base", tensor)
-        if source in merging:
-            stack = task_vectors.stack(source, tensor)
+        if source in merging and in_blocks:
+            tensor, record = change_in_blocks(name, tensor, source)
+        elif source in merging:
+            stack, merged = merge_parameter(source, task_vectors.stack(source, tensor))
             if stream:
                 for expert, task_vector in zip(opened, stack, strict=True):
                     check_read(name, f"expert {expert}", task_vector)
-            stack, merged = merge_parameter(source, stack)
             record = record_of(name, tensor, stack, merged, task_vectors.expert_names)
             tensor = apply(tensor, merged, scaling_coefficient, stored[name])
         return in_range(name, tensor.to("cpu", stored[name])), record
 
+    def change_in_blocks(name: str, tensor: Tensor, source: str) -> tuple[Tensor, dict[str, Any]]:
+        """The same values, with no more of the task vectors in memory than a block."""
+        _, results = merge_parameter(source, task_vectors.blocks(source, tensor))
+        weights, changed = tensor.flatten(), torch.empty(tensor.numel(), dtype=stored[name])
+        squares = torch.zeros(2 + len(opened), dtype=torch.float64)
+        for entries, block, merged in results:
+            own = weights[entries]
+            changed[entries] = apply(own, merged, scaling_coefficient, stored[name])
+            squares[1] += torch.linalg.vector_norm(merged).double().square()
+            if block is not None:
+                squares[0] += torch.linalg.vector_norm(own.float()).double().square()
+                squares[2:] += torch.linalg.vector_norm(block, dim=1).double().square()
+        if stream and not squares.isfinite().all():
+            for expert, tensors in opened.items():
+                check_read(name, f"expert {expert}", tensors[source])
+        norms = squares.sqrt().tolist()
+        record = _record(name, tensor.shape, *norms[:2], opened, norms[2:])
+        return changed.view(tensor.shape), record
+
     def memory(name: str) -> int:
         """Bytes that a parameter takes at most while it is merged: some ten stacks in float32."""
-        return 40 * len(opened) * math.prod(base.shape(name)) if name in merging else 0
+        stacks = 1 if in_blocks else 10 * len(opened)
+        return 4 * stacks * math.prod(base.shape(name)) if name in merging else 0
 
     merged_names = [source for name in base if (source := tied.get(name, name)) in merging]
     readings = [(base, base), *((x, merged_names) for x in opened.values())]
@@ -213,7 +236,8 @@ def parameter_merger(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """The loop body: name -> (stack (experts, *shape), merged task vector (*shape)).
 
-    Its second argument is the stack, where the caller has it already.
+    Its second argument is the stack, where the caller has it already, or the same as `Blocks`: then
+    the second result is what `merge_blocks` gives.
     """
 
     def random(name: str) -> dict[str, list[torch.Generator]]:
@@ -237,8 +261,10 @@ def parameter_merger(
         )
         options = options | {"thresholds": thresholds}
 
-    def merge_parameter(name: str, stack: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def merge_parameter(name: str, stack: Tensor | Blocks | None = None) -> tuple[Any, Any]:
         stack = task_vectors[name] if stack is None else stack
+        if isinstance(stack, Blocks):
+            return stack, merge_blocks(method, stack, **options)
         return stack, METHODS[method](stack, **options, **random(name))
 
     return merge_parameter
@@ -249,12 +275,23 @@ def record_of(
 ) -> dict[str, Any]:
     """What `merge_report.json` says of one merged parameter; stack: (experts, *shape)."""
     norms = [_norm(x) for x in (merged, *stack)]
+    return _record(name, merged.shape, _norm_in_blocks(base), norms[0], expert_names, norms[1:])
+
+
+def _record(
+    name: str,
+    shape: torch.Size,
+    base_norm: float,
+    merged_norm: float,
+    expert_names: Iterable[str],
+    expert_norms: list[float],
+) -> dict[str, Any]:
     return {
         "name": name,
-        "shape": list(merged.shape),
-        "base_norm": _norm_in_blocks(base),
-        "merged_norm": norms[0],
-        "expert_norms": dict(zip(expert_names, norms[1:], strict=True)),
+        "shape": list(shape),
+        "base_norm": base_norm,
+        "merged_norm": merged_norm,
+        "expert_norms": dict(zip(expert_names, expert_norms, strict=True)),
     }
 
 

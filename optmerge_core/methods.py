@@ -6,12 +6,13 @@ merged model = base model + scaling coefficient · merged task vector.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from optmerge_core.blocks import BLOCK, Blocks, kth_smallest, ties_blocks
 from optmerge_core.contract import check_choice, check_option_names, check_share, merge_method
 from optmerge_core.optmerge import aswudi, optmerge, swudi, wudi
 from optmerge_core.spectra import truncated_svd
@@ -19,8 +20,6 @@ from optmerge_core.spectra import truncated_svd
 Generators = torch.Generator | Sequence[torch.Generator] | None
 Weights = Sequence[float] | None
 """One number for each expert, by which its task vector counts; None: all the same."""
-BLOCK = 1 << 15
-"""Entries that `ties` works on at a time on a CPU, so that what it computes stays in the cache."""
 
 
 @merge_method()
@@ -87,68 +86,66 @@ def ties(
         from optmerge_core import kernels
 
         return kernels.ties(task_vectors, thresholds)
-    thresholds, flat = thresholds.to(task_vectors).unsqueeze(1), task_vectors.flatten(1)
+    blocks = Blocks.of(task_vectors, BLOCK << (9 * task_vectors.is_cuda))
+    merged = task_vectors.new_empty(blocks.entries)
+    options = {"weights": weights, "normalize": normalize, "rule": rule}
+    for entries, _, result in _ties_blocks(blocks, thresholds.to(task_vectors), **options):
+        merged[entries] = result
+    return merged.view(task_vectors.shape[1:])
+
+
+def _ties_blocks(
+    blocks: Blocks, thresholds: Tensor, weights: Weights = None, **options: Any
+) -> Iterator[tuple[Any, Tensor | None, Tensor]]:
     if weights is not None:
-        weights = flat.new_tensor(per_expert("weights", weights, len(flat))).unsqueeze(1)
-    blocks = flat.split(BLOCK if flat.device.type == "cpu" else BLOCK << 9, dim=1)
-    merged, balance, drawn = [], flat.new_zeros(()), []
-
-    def trimmed(block: Tensor) -> Tensor:
-        kept = block * (block.abs() >= thresholds)
-        return kept if weights is None else kept * weights
-
-    for number, block in enumerate(blocks):
-        kept = trimmed(block)
-        signs = kept.sum(dim=0).sign()
-        if rule == "mergekit":
-            signs = torch.where(signs == 0, 1, signs)
-        balance += signs.sum()
-        merged.append(_mean_of_sign(kept, signs, weights, normalize))
-        if (kept.any(dim=0) & (signs == 0)).any():
-            drawn.append(number)
-    for number in drawn:
-        kept = trimmed(blocks[number])
-        signs = kept.sum(dim=0).sign()
-        signs = torch.where(signs == 0, balance.sign(), signs)
-        merged[number] = _mean_of_sign(kept, signs, weights, normalize)
-    return torch.cat(merged).view(task_vectors.shape[1:])
+        weights = thresholds.new_tensor(per_expert("weights", weights, len(thresholds)))[:, None]
+    return ties_blocks(blocks, thresholds, weights=weights, **options)
 
 
-def _mean_of_sign(values: Tensor, signs: Tensor, weights: Tensor | None, normalize: bool) -> Tensor:
-    """Mean of the values that have an entry's sign: (experts, size), (size,) -> (size,).
+def merges_in_blocks(method: str, options: Mapping[str, Any], trim: str = "tensor") -> bool:
+    """Whether `merge_blocks` can do what `METHODS[method]` does with these options."""
+    if method == "ties":
+        return options.get("rule") != "mergekit" or trim == "model"
+    return method in ("weight_average", "task_arithmetic")
 
-    `weights` (experts, 1), which the values contain, divide it; without `normalize`, the sum.
+
+def merge_blocks(
+    method: str, blocks: Blocks, *, density: Any = 0.2, thresholds: Any = None, **options: Any
+) -> Iterator[tuple[Any, Tensor | None, Tensor]]:
+    """(entries, block, merged entries), the values of `METHODS[method]`, block by block.
+
+    Some entries may come once more at the end, without their block. For what `merges_in_blocks`,
+    with checked options.
     """
-    agreeing = (values * signs).clamp(min=0)
-    total = agreeing.sum(dim=0) * signs
-    if not normalize:
-        return total
-    if weights is None:
-        return total / (agreeing > 0).sum(dim=0).clamp(min=1)
-    share = ((agreeing > 0) * weights).sum(dim=0)
-    return total / torch.where(share == 0, 1, share)
+    if method == "ties":
+        thresholds = trim_thresholds(blocks, density) if thresholds is None else thresholds
+        return _ties_blocks(blocks, thresholds, **options)
+    return (
+        (blocks.place(number), block, METHODS[method](block, **options))
+        for number, block in enumerate(blocks)
+    )
 
 
-def trim_thresholds(task_vectors: Tensor, density: float | Sequence[float]) -> Tensor:
+def trim_thresholds(task_vectors: Tensor | Blocks, density: float | Sequence[float]) -> Tensor:
     """The magnitude an expert's entries must reach to be kept: (experts, *shape) -> (experts,).
 
     The k-th smallest magnitude with k = int((1 − density)·size), so that slightly more than the
     share `density` is kept, ties included; 0, which keeps everything, when k is 0. A sequence holds
     a density for each expert.
     """
-    if isinstance(density, Sequence):
-        densities = per_expert("density", density, len(task_vectors))
-        pairs = zip(task_vectors.split(1), densities, strict=True)
-        return torch.cat([trim_thresholds(one, share) for one, share in pairs])
-    check_share("density", density)
-    magnitudes = task_vectors.flatten(1).abs()
-    k = int((1 - density) * magnitudes.shape[1])
-    if k == 0:
-        return magnitudes.new_zeros(len(magnitudes))
-    if magnitudes.device.type == "cpu":  # selection in place, several times faster than kthvalue
-        magnitudes.numpy().partition(k - 1, axis=1)
-        return magnitudes[:, k - 1].clone()
-    return magnitudes.kthvalue(k, dim=1).values
+    blocks = task_vectors if isinstance(task_vectors, Blocks) else Blocks.of(task_vectors)
+    experts = len(blocks.read(slice(0, 0)))
+    densities = per_expert("density", density, experts)
+    for share in densities:
+        check_share("density", share)
+    k = [int((1 - share) * blocks.entries) for share in densities]
+    if blocks is not task_vectors and task_vectors.is_cuda:
+        magnitudes = task_vectors.flatten(1).abs()
+        values = [row.kthvalue(max(n, 1)).values for row, n in zip(magnitudes, k, strict=True)]
+        thresholds = torch.stack(values)
+    else:
+        thresholds = kth_smallest(blocks, [max(n, 1) for n in k])
+    return thresholds.where(torch.tensor(k, device=thresholds.device) > 0, 0)
 
 
 def keep_largest(task_vectors: Tensor, density: float | Sequence[float]) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from optmerge_core.blocks import Blocks
 from optmerge_core.parallel import in_order
 from optmerge_core.parameters import layer_index, module_kind
 
@@ -53,19 +54,43 @@ class TaskVectors(Mapping[str, Tensor]):
         """The same where the base's tensor is at hand, so that it is not read once more."""
         base = base_tensor.to(self.device, torch.float32)
         stack = torch.empty((len(self.experts), *base.shape), device=self.device)
-        for task_vector, (expert_name, expert) in zip(stack, self.experts.items(), strict=True):
-            if hasattr(expert, "task_vector"):  # an adapter
-                task_vector.copy_(expert.task_vector(name))
-                continue
-            tensor = expert.get(name)
-            if tensor is None or tensor.shape != base.shape:
-                found = "does not have it" if tensor is None else f"has shape {tuple(tensor.shape)}"
-                raise ValueError(
-                    f"{name}: expert {expert_name} {found}, the base has {tuple(base.shape)}; "
-                    "an expert must be a fine-tuned copy of the base model"
-                )
-            task_vector.copy_(tensor).sub_(base)
+        for task_vector, expert in zip(stack, self.experts, strict=True):
+            tensor, is_task_vector = self._read(name, expert, base.shape)
+            task_vector.copy_(tensor)
+            if not is_task_vector:
+                task_vector.sub_(base)
         return stack
+
+    def blocks(self, name: str, base_tensor: Tensor) -> Blocks:
+        """The same in blocks on the CPU: float32 is only what a block needs."""
+        base = base_tensor.flatten()
+        read = [self._read(name, expert, base_tensor.shape) for expert in self.experts]
+        parts = [(tensor.flatten(), is_task_vector) for tensor, is_task_vector in read]
+
+        def block(entries: slice) -> Tensor:
+            weights = base[entries].float()
+            rows = torch.empty(len(parts), len(weights))
+            for row, (tensor, is_task_vector) in zip(rows, parts, strict=True):
+                row.copy_(tensor[entries])
+                if not is_task_vector:
+                    row.sub_(weights)
+            return rows
+
+        return Blocks(block, base.numel())
+
+    def _read(self, name: str, expert_name: str, shape: torch.Size) -> tuple[Tensor, bool]:
+        """An expert's parameter, and whether it is a task vector already, as an adapter's is."""
+        expert = self.experts[expert_name]
+        if hasattr(expert, "task_vector"):
+            return expert.task_vector(name), True
+        tensor = expert.get(name)
+        if tensor is None or tensor.shape != shape:
+            found = "does not have it" if tensor is None else f"has shape {tuple(tensor.shape)}"
+            raise ValueError(
+                f"{name}: expert {expert_name} {found}, the base has {tuple(shape)}; "
+                "an expert must be a fine-tuned copy of the base model"
+            )
+        return tensor, False
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

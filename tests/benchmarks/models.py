@@ -54,7 +54,9 @@ def write_models(folder, model, scale):
                     noise = torch.randn(rows, columns, generator=own)
                     tensor += 1e-3 * (U @ V / RANK**0.5 + 0.1 * noise)
                 writer.add(f"{layer}.weight", tensor.bfloat16())
-            writer.write_text("config.json", json.dumps({"model_type": "qwen2"}))
+            # No architecture that mergekit has a list of: it then takes the files' own names.
+            config = {"model_type": "qwen2", "architectures": ["RandomWeights"]}
+            writer.write_text("config.json", json.dumps(config))
     return names
 
 
@@ -129,7 +131,7 @@ from optmerge_core import merge
 folder = Path(sys.argv[1])
 experts = {f.name: f for f in sorted(folder.glob("expert*"))}
 merge(folder / "base", experts, folder / "ours", method=sys.argv[2],
-      method_options=json.loads(sys.argv[3]), device="cpu", overwrite=True)
+      method_options=json.loads(sys.argv[3]), scope=sys.argv[4], device="cpu", overwrite=True)
 """
 ADAPTERS = """
 import sys
@@ -169,7 +171,8 @@ def with_mergekit(folder, method):
 
 def whole_models(case, method, options, model, scale, folder):
     names = write_models(folder, model, scale)
-    seconds, peak = measured(OURS, folder, method, json.dumps(options))
+    scope = "linear" if method == "optmerge" else "all"  # as mergekit
+    seconds, peak = measured(OURS, folder, method, json.dumps(options), scope)
     floor = reading_and_writing(folder, names, "ours")
     if method == "optmerge":
         shapes = linear_shapes(model, scale).values()
