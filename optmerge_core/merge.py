@@ -41,8 +41,17 @@ from optmerge_core.methods import METHODS, dare, merge_blocks, merges_in_blocks
 from optmerge_core.parallel import in_order
 from optmerge_core.parameters import mergeable
 from optmerge_core.report import MergeReport, peak_memory, reset_peak_memory
-from optmerge_core.task_vectors import TaskVectors, apply, derive_seed, model_thresholds
+from optmerge_core.task_vectors import (
+    Part,
+    TaskVectors,
+    apply,
+    derive_seed,
+    model_thresholds,
+    pinned,
+)
 from optmerge_core.writer import CheckpointWriter, check_output
+
+Result = tuple[Tensor, dict[str, Any] | None]
 
 
 def merge(
@@ -115,15 +124,19 @@ def merge(
     merging, records = frozenset(names), []
     in_blocks = device.type == "cpu" and merges_in_blocks(method, options, trim)
 
-    def result(name: str) -> tuple[Tensor, dict[str, Any] | None]:
-        tensor, record = base[name], None
-        source = tied.get(name, name)  # a head on disk stays what its embeddings become
+    def load(name: str) -> tuple[str, Tensor, list[Part] | None]:
+        tensor = pinned(base[name], device)
+        whole = tied.get(name, name) in merging and not in_blocks
+        return name, tensor, task_vectors.read(tied.get(name, name), tensor) if whole else None
+
+    def result(name: str, tensor: Tensor, parts: list[Part] | None) -> Result:
+        record, source = None, tied.get(name, name)  # a tied head stays what its embeddings become
         if stream:
             check_read(name, "the base", tensor)
         if source in merging and in_blocks:
             tensor, record = change_in_blocks(name, tensor, source)
         elif source in merging:
-            stack, merged = merge_parameter(source, task_vectors.stack(source, tensor))
+            stack, merged = merge_parameter(source, task_vectors.stack(source, tensor, parts))
             if stream:
                 for expert, task_vector in zip(opened, stack, strict=True):
                     check_read(name, f"expert {expert}", task_vector)
@@ -162,7 +175,11 @@ def merge(
             check_changes(base, opened, names)
             check_finite(base, opened, names)
         merge_parameter = parameter_merger(task_vectors, method, options, seed, trim)
-        results = in_order(result, base, device, memory)
+        if device.type == "cuda":  # the next parameters are read while it computes
+            loaded = in_order(load, base, device, memory)
+            results = in_order(lambda item: result(*item), loaded, device)
+        else:
+            results = in_order(lambda name: result(*load(name)), base, device, memory)
         progress = tqdm(base, desc=f"merging ({method})", unit="parameter")
         for name, (tensor, record) in zip(progress, results, strict=True):
             writer.add(name, tensor)

@@ -19,6 +19,9 @@ from optmerge_core.blocks import Blocks
 from optmerge_core.parallel import in_order
 from optmerge_core.parameters import layer_index, module_kind
 
+Part = tuple[Tensor, bool]
+"""An expert's parameter, and whether it is a task vector, not weights."""
+
 
 class TaskVectors(Mapping[str, Tensor]):
     """Lazy mapping parameter name -> (experts, *shape) float32 stack of expert - base.
@@ -50,13 +53,13 @@ class TaskVectors(Mapping[str, Tensor]):
             raise KeyError(name)
         return self.stack(name, self.base[name])
 
-    def stack(self, name: str, base_tensor: Tensor) -> Tensor:
-        """The same where the base's tensor is at hand, so that it is not read once more."""
-        base = base_tensor.to(self.device, torch.float32)
+    def stack(self, name: str, base_tensor: Tensor, parts: list[Part] | None = None) -> Tensor:
+        """The same where the base's tensor, or what `read` gives too, is at hand."""
+        base = base_tensor.to(self.device, non_blocking=True).float()
         stack = torch.empty((len(self.experts), *base.shape), device=self.device)
-        for task_vector, expert in zip(stack, self.experts, strict=True):
-            tensor, is_task_vector = self._read(name, expert, base.shape)
-            task_vector.copy_(tensor)
+        parts = self.read(name, base_tensor) if parts is None else parts
+        for task_vector, (tensor, is_task_vector) in zip(stack, parts, strict=True):
+            task_vector.copy_(tensor, non_blocking=True)
             if not is_task_vector:
                 task_vector.sub_(base)
         return stack
@@ -64,8 +67,7 @@ class TaskVectors(Mapping[str, Tensor]):
     def blocks(self, name: str, base_tensor: Tensor) -> Blocks:
         """The same in blocks on the CPU: float32 is only what a block needs."""
         base = base_tensor.flatten()
-        read = [self._read(name, expert, base_tensor.shape) for expert in self.experts]
-        parts = [(tensor.flatten(), is_task_vector) for tensor, is_task_vector in read]
+        parts = [(tensor.flatten(), ready) for tensor, ready in self.read(name, base_tensor)]
 
         def block(entries: slice) -> Tensor:
             weights = base[entries].float()
@@ -78,25 +80,33 @@ class TaskVectors(Mapping[str, Tensor]):
 
         return Blocks(block, base.numel())
 
-    def _read(self, name: str, expert_name: str, shape: torch.Size) -> tuple[Tensor, bool]:
-        """An expert's parameter, and whether it is a task vector already, as an adapter's is."""
-        expert = self.experts[expert_name]
-        if hasattr(expert, "task_vector"):
-            return expert.task_vector(name), True
-        tensor = expert.get(name)
-        if tensor is None or tensor.shape != shape:
-            found = "does not have it" if tensor is None else f"has shape {tuple(tensor.shape)}"
-            raise ValueError(
-                f"{name}: expert {expert_name} {found}, the base has {tuple(shape)}; "
-                "an expert must be a fine-tuned copy of the base model"
-            )
-        return tensor, False
+    def read(self, name: str, base_tensor: Tensor) -> list[Part]:
+        """Each expert's parameter as stored; an adapter's is a task vector already."""
+        parts = []
+        for expert_name, expert in self.experts.items():
+            if hasattr(expert, "task_vector"):
+                parts.append((pinned(expert.task_vector(name), self.device), True))
+                continue
+            tensor, shape = expert.get(name), base_tensor.shape
+            if tensor is None or tensor.shape != shape:
+                found = "does not have it" if tensor is None else f"has shape {tuple(tensor.shape)}"
+                raise ValueError(
+                    f"{name}: expert {expert_name} {found}, the base has {tuple(shape)}; "
+                    "an expert must be a fine-tuned copy of the base model"
+                )
+            parts.append((pinned(tensor, self.device), False))
+        return parts
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
     def __len__(self) -> int:
         return len(self.names)
+
+
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy in page-locked memory, which a GPU fetches while it computes; for a CPU the same."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def apply(

@@ -90,3 +90,24 @@ def test_bits_do_not_depend_on_the_number_of_workers():
         found[count] = list(in_order(lambda stack: optmerge(stack, preset="lora"), stacks))
     torch.set_num_threads(before)
     assert all(torch.equal(*pair) for pair in zip(found[1], found[2], strict=True))
+
+
+def test_one_reads_ahead_while_the_other_computes():
+    """As `merge` feeds a GPU: what is read next does not wait for what is computed."""
+    read, may_go = [], threading.Event()
+
+    def load(item):
+        read.append(item)
+        return item
+
+    def compute(item):
+        if item == 0:
+            deadline = time.monotonic() + 20
+            while len(read) < 3 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            may_go.set()
+        return item, len(read)
+
+    results = list(in_order(compute, in_order(load, range(20), "cuda"), "cuda"))
+    assert may_go.is_set() and results[0][1] >= 3
+    assert [item for item, _ in results] == list(range(20))
