@@ -15,10 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from optmerge_core.diagnosis import diagnose
+from optmerge_core.findings import OTHER_BASE_NORM
 from optmerge_core.merge import merge
 from optmerge_core.parameters import summary
 from optmerge_core.pipeline import NotebookError, run
-from optmerge_core.recipe import load_recipe, open_models
+from optmerge_core.recipe import Recipe, load_recipe, open_models
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,8 +43,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _load_recipe(path: str) -> Recipe:
+    recipe = load_recipe(path)
+    left_out = [e.name for e in recipe.models if e.name not in recipe.experts]
+    if left_out:
+        names = ", ".join(left_out)
+        warnings.warn(
+            f"models: {names} is the base model itself; left out, as mergekit does", stacklevel=1
+        )
+    return recipe
+
+
 def merge_command(options: argparse.Namespace) -> None:
-    recipe = load_recipe(options.recipe)
+    recipe = _load_recipe(options.recipe)
     method = options.method or recipe.merge_method
     scaling_coefficient = options.scaling_coefficient
     if scaling_coefficient is None:
@@ -80,6 +92,13 @@ def merge_command(options: argparse.Namespace) -> None:
         overwrite=options.overwrite,
         stream=options.stream,
     )
+    for name, norm in report.relative_norms().items():
+        if norm > OTHER_BASE_NORM:
+            warnings.warn(
+                f"expert {name} differs from the base by {norm:.0%} of its norm, more than "
+                "fine-tuning does: it was probably made from another base; `inspect` says more",
+                stacklevel=1,
+            )
     print(
         f"{options.output}: {len(report.parameters)} parameters of {len(report.experts)} experts "
         f"merged by {method}, {report.parameters_kept} kept from the base, "
@@ -88,7 +107,7 @@ def merge_command(options: argparse.Namespace) -> None:
 
 
 def inspect_command(options: argparse.Namespace) -> None:
-    recipe = load_recipe(options.recipe)
+    recipe = _load_recipe(options.recipe)
     base, experts, names = open_models(recipe, options.stream)
     model_type = recipe.family or base.config().get("model_type")
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)

@@ -125,6 +125,7 @@ class Adapter(Mapping[str, Tensor]):
         self.base, self.weights, self.factors = base, weights, Factors(weights)
         self.folder, self.revision = weights.folder, weights.revision
         self.source = weights.source
+        self.named_base = self.factors.settings.get("base_model_name_or_path") or ""
         self.modules: dict[str, str] = {}
         for module in self.factors:
             name = parameter_of(module, base)

@@ -241,8 +241,8 @@ def hub_error(repo_id: str, revision: str | None, error: Exception) -> Checkpoin
     what = f"{repo_id} (revision {revision or constants.DEFAULT_REVISION})"
     if constants.HF_HUB_OFFLINE:
         return CheckpointError(
-            f"{what} is not complete in the cache {constants.HF_HUB_CACHE}, and offline mode is "
-            f"on; unset HF_HUB_OFFLINE, or run `hf download {repo_id}` first"
+            f"{what} is no folder, and not complete in the cache {constants.HF_HUB_CACHE}; offline "
+            f"mode is on: unset HF_HUB_OFFLINE, or run `hf download {repo_id}` first"
         )
     if isinstance(error, CheckpointError):
         return error

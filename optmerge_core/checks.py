@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from optmerge_core.checkpoints import Checkpoint
+from optmerge_core.checkpoints import HUB_ID, Checkpoint
 from optmerge_core.methods import check_options
 from optmerge_core.parallel import in_order
 from optmerge_core.parameters import merges
@@ -114,6 +114,12 @@ def check_experts(
             notices.append(
                 f"expert {expert_name} adapts {len(changed)} parameters outside the merge; the "
                 f"base's are kept ({changed[0]})"
+            )
+        named = str(getattr(expert, "named_base", ""))
+        if HUB_ID.fullmatch(named) and named.split("/")[1].lower() not in str(base.folder).lower():
+            notices.append(
+                f"expert {expert_name} says in adapter_config.json that it is an adapter of "
+                f"{named}; it is taken as one of {base.folder}"
             )
         if renamed := getattr(expert, "own_names", {}):
             ours, theirs = next(iter(renamed.items()))

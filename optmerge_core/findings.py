@@ -19,6 +19,7 @@ GENTLE, STRONG = (0.059, 0.094), (0.110, 0.173)
 """Relative norms of the embedded InternVL's experts: data/recipes/internvl.yaml, _stressed.yaml."""
 STRONG_NORM = 0.10  # between the two
 OTHER_BASE_COSINE = 0.95  # strongest expert 0.967; Qwen2-VL's base, trained on from this one, 0.93
+OTHER_BASE_NORM = 0.30  # relative norm: experts at most 0.27, that base 0.41
 OTHER_BASE_RANK = 0.30  # entropy rank / full rank: experts at most 0.27, that base 0.37
 SAME_CHANGE = 0.5  # cosine: embedded experts at most 0.1, those with that other base 0.97
 DUPLICATE = 0.99
@@ -150,6 +151,7 @@ def strong(diagnosis: Diagnosis, merge: Mapping[str, Any]) -> Iterator[Finding]:
 
 def dominates(diagnosis: Diagnosis, merge: Mapping[str, Any]) -> Iterator[Finding]:
     norms = diagnosis.experts["norm"]
+    norms = norms[norms > 0]
     for name in norms.index if len(norms) > 1 else []:
         ratio = norms[name] / norms.drop(name).median()
         if ratio > DOMINATES:
@@ -187,9 +189,11 @@ def crowded(diagnosis: Diagnosis, merge: Mapping[str, Any]) -> Iterator[Finding]
 
 
 def shared_directions(diagnosis: Diagnosis, merge: Mapping[str, Any]) -> Iterator[Finding]:
-    if not len(diagnosis.pairs) or pd.isna(diagnosis.pairs["chance"]).all():
+    # A task vector of zeros has no cosine, one that is there twice tells nothing of two experts.
+    pairs = diagnosis.pairs[diagnosis.pairs["cosine"] <= DUPLICATE]
+    if not len(pairs) or pd.isna(pairs["chance"]).all():
         return
-    shared, chance = diagnosis.pairs[["shared_subspace", "chance"]].mean()
+    shared, chance = pairs[["shared_subspace", "chance"]].mean()
     found = (
         f"the experts share {shared:.0%} of their leading input directions (chance: {chance:.0%})."
     )
@@ -257,7 +261,7 @@ def preset(diagnosis: Diagnosis, merge: Mapping[str, Any]) -> Iterator[Finding]:
             (),
             f"the task vectors use {rank:.0%} of the full rank, and the preset is {chosen}.",
             f"They look like {'LoRA' if low_rank else 'full fine-tuning'}.",
-            f"Take preset: {better}.",
+            f"Write preset: {better} into the recipe's parameters.",
         )
 
 

@@ -63,6 +63,12 @@ def run(
         name = recipe.name
         if name in studies:
             raise ValueError(f"{path}: the name {name!r} is {studies[name].name}'s too; rename one")
+        if recipe.merges == "capabilities" and recipe.evaluation.data is None:
+            raise ValueError(
+                f"{path}: the notebooks ask questions: add evaluation: {{data: FOLDER}}, with "
+                "data/benchmark/questions or your own as in README.md; `inspect`, `merge` and "
+                "`run --sweep` need none"
+            )
         studies[name], merges[name] = path.resolve(), recipe.merges
     folder = Path(notebooks_dir or CHECKOUT / "notebooks").resolve()
     notebooks = sorted(folder.glob("[0-9]*.ipynb"))
@@ -142,15 +148,18 @@ def _run_all(
         return write_index(copies.parent / "index.html", title, names, copies, figures, recipes)
 
     page()
+    merged = copies.parent / "merged"
     for notebook in tqdm(notebooks, desc=title, unit="notebook"):
-        copy = copies / notebook.name
+        copy, given = copies / notebook.name, dict(parameters)
+        if _parameter(notebook, "merged_dir"):
+            given["merged_dir"] = _relative(merged, notebook.parent)
         newest_input = max(newest_input, notebook.stat().st_mtime)
-        if _finished(copy, newest_input, parameters):
+        if _finished(copy, newest_input, given):
             table.add_row(notebook.name, "done before")
         else:
             start = time.perf_counter()
             try:
-                _execute(notebook, copy, parameters)
+                _execute(notebook, copy, given)
             finally:
                 page()
             table.add_row(notebook.name, f"{time.perf_counter() - start:.1f}")
@@ -161,6 +170,8 @@ def _run_all(
     console.print(table)
     console.print(f"figures and tables:  {_shown(figures)}")
     console.print(f"executed notebooks:  {_shown(copies)}")
+    if merged.is_dir():
+        console.print(f"merged models:       {_shown(merged)}")
     console.print(f"all of it, to read:  {_shown(page())}")
     return executed
 

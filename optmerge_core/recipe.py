@@ -122,7 +122,11 @@ class Recipe(_Strict):
         if len(set(names)) < len(names):
             raise ValueError(f"models: names are not unique ({', '.join(names)}); give each a name")
         for method in (self.merge_method, *self.method_options):
-            check_method(method, self.options(method), len(names))
+            try:
+                check_method(method, self.options(method), len(names))
+            except ValueError as error:
+                beside = "; the scaling coefficient is lambda" * ("has no option" in str(error))
+                raise ValueError(f"{error}{beside}") from error
         mergekit.number("lambda", self.scaling_coefficient)
         return self
 
@@ -170,7 +174,9 @@ def load_recipe(path: str | Path) -> Recipe:
     try:
         content = _parse(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
+        raise RecipeError(
+            f"{path}: cannot be read ({error.strerror}); a recipe is a YAML file"
+        ) from error
     except Exception as error:  # of any type: PyYAML stumbles over its own tags in many ways
         raise RecipeError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
@@ -272,6 +278,8 @@ def _explain(problem: dict[str, Any]) -> str:
     """One pydantic error as `key: what is wrong`, with the valid keys where a key is unknown."""
     key = ".".join(str(part) for part in problem["loc"])
     text = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "string_type":
+        text = f"{text}, found {problem['input']!r}; put it in quotes, numbers with a decimal point"
     if problem["type"] == "extra_forbidden":
         inside = {"models": Expert, "evaluation": Evaluation}
         model = inside[problem["loc"][0]] if len(problem["loc"]) > 1 else Recipe

@@ -91,6 +91,15 @@ class MergeReport:
         """Indented JSON of all fields; what JSON has no word for is written as text."""
         return json.dumps(asdict(self), indent=2, default=str) + "\n"
 
+    def relative_norms(self) -> dict[str, float]:
+        """Expert -> norm of its task vector over the base's, of all that merged."""
+        base = math.hypot(*(record["base_norm"] or 0.0 for record in self.parameters))
+        squares = {
+            name: math.hypot(*(record["expert_norms"][name] for record in self.parameters))
+            for name in self.experts
+        }
+        return {name: norm / base if base else math.nan for name, norm in squares.items()}
+
     def recipe(self) -> dict[str, Any]:
         """The recipe that makes this model again, hub ids with the commits that were read."""
         recipe = {
@@ -279,6 +288,9 @@ def _load_snippet(config: dict, folder: Path | None) -> str:
         f"model = {model_class}.from_pretrained(folder{argument})",
         f"{variable} = {reader}.from_pretrained(folder{argument})",
     ]
+    foreign = _foreign_processor(folder)
+    if foreign and not remote:
+        lines.insert(1, f"# first import the package that has {foreign}: transformers has it not")
     if remote:
         lines.insert(2, "# trust_remote_code runs the Python files of this folder: read them first")
     return "\n".join(lines)
@@ -292,6 +304,17 @@ def _has_processor(folder: Path) -> bool:
     return path.is_file() and bool(
         re.search(r'"processor_class"\s*:\s*"', path.read_text(errors="replace"))
     )
+
+
+def _foreign_processor(folder: Path | None) -> str | None:
+    """The folder's processor class, if transformers does not have it."""
+    path = folder and folder / "processor_config.json"
+    if not path or not path.is_file():
+        return None
+    found = re.search(r'"processor_class"\s*:\s*"(\w+)"', path.read_text(errors="replace"))
+    import transformers  # slow, and only this question needs it
+
+    return found[1] if found and not hasattr(transformers, found[1]) else None
 
 
 def _table(header: tuple[str, ...], rows: list[tuple]) -> str:

@@ -229,7 +229,8 @@ def check_output(
     if _occupied(output_dir):
         if not overwrite:
             raise CheckpointError(
-                f"{output_dir} exists: choose another output folder, or ask to overwrite it"
+                f"{output_dir} exists: choose another output folder, or ask to overwrite it "
+                "(overwrite=True, --overwrite)"
             )
         if not output_dir.is_dir() or not any(output_dir.glob("*.safetensors")):
             raise CheckpointError(

@@ -180,13 +180,13 @@ def test_low_rank_is_seen_even_after_rounding(base):
     assert found.experts["rank"].tolist() == [4, 4]
     assert found.experts["stored"].tolist() == ["adapter", "bfloat16"]
     assert pd.isna(found.experts.loc["adapter", ["rounding", "unchanged"]]).all()
-    assert told(found, "Take preset: lora")
+    assert told(found, "Write preset: lora")
     assert not told(diagnose(stored, {"a": adapter}, NAMES, options={"preset": "lora"}), "preset: ")
     assert not told(diagnose(stored, {"a": adapter}, NAMES, method="ties"), "preset: ")
 
 
 def test_full_rank_asks_for_the_preset_full(base, experts):
-    assert told(diagnose(base, experts, NAMES, options={"preset": "lora"}), "Take preset: full")
+    assert told(diagnose(base, experts, NAMES, options={"preset": "lora"}), "Write preset: full")
 
 
 def test_gentle_experts_give_no_warning(base, experts):
@@ -197,6 +197,13 @@ def test_an_expert_equal_to_the_base(base, experts):
     found = diagnose(base, experts | {"b": dict(base)}, NAMES)
     assert [finding.experts for finding in told(found, "vector is zero")] == [("b",)]
     assert found.experts.loc["b", "changed"] == 0
+
+
+def test_a_zero_task_vector_says_nothing_of_the_others(base, experts):
+    same = {n: t.clone() for n, t in base.items()}
+    name = next(iter(experts))
+    found = diagnose(base, {name: experts[name], "same": same}, NAMES)
+    assert not told(found, "times as long") and not told(found, "share")
 
 
 def test_an_expert_of_another_base(base, experts):

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from web import Web
 
 from optmerge_core.__main__ import main
@@ -35,6 +37,23 @@ def test_merge(recipe, tmp_path, capsys):
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {out} exists")
     assert main(["merge", recipe, "--output", out, "--method", "tsv", "--overwrite"]) == 0
     assert len(open_checkpoint(out)) > 14
+
+
+def test_merge_says_when_an_expert_looks_like_another_base(tiny, recipe, tmp_path, capsys):
+    content = yaml.safe_load(Path(recipe).read_text())
+    folder = tmp_path / "other"
+    shutil.copytree(content["models"][0]["model"], folder)
+    for path in folder.glob("*.safetensors"):
+        weights = {name: torch.randn_like(tensor) for name, tensor in load_file(path).items()}
+        save_file(weights, path, metadata={"format": "pt"})
+    content["models"][0]["model"] = str(folder)
+    content["models"].append({"model": content["base_model"], "name": "itself"})
+    Path(recipe).write_text(yaml.safe_dump(content))
+    assert main(["merge", recipe, "--output", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().err
+    name = content["models"][0]["name"]
+    assert re.search(rf"notice: expert {name} differs from the base by \d+% of its norm", said)
+    assert "notice: models: itself is the base model itself; left out" in said
 
 
 def test_inspect(recipe, capsys):

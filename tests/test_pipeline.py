@@ -12,6 +12,7 @@ from optmerge_core.__main__ import main
 from optmerge_core.pipeline import NotebookError, run
 
 PARAMETERS = 'recipe = "none"\noutput_dir = "none"\ndevice = "none"\nimport pathlib, sys, json'
+STUDY = "base_model: base\nmodels: [{model: chart}]\nevaluation: {data: .}\n"
 LOG = """
 folder = pathlib.Path(output_dir)
 with open(folder / "log.jsonl", "a") as log:
@@ -37,7 +38,7 @@ def study(tmp_path, monkeypatch):
     """A checkout in miniature: a recipe, two numbered notebooks and one without a number."""
     for folder in ("notebooks", "base", "chart"):
         (tmp_path / folder).mkdir()
-    (tmp_path / "study.yaml").write_text("base_model: base\nmodels: [{model: chart}]\n")
+    (tmp_path / "study.yaml").write_text(STUDY)
     for name in ("01_second", "00_first", "solutions"):
         write_notebook(tmp_path / "notebooks", name)
     monkeypatch.chdir(tmp_path)
@@ -132,7 +133,7 @@ def test_default_folders(study, instant, monkeypatch):
 
 
 def test_several_recipes_then_the_comparison(study, instant, monkeypatch):
-    (study / "other.yaml").write_text("base_model: base\nmodels: [{model: chart}]\n")
+    (study / "other.yaml").write_text(STUDY)
     given = 'recipes = []\nfigure_dirs = []\noutput_dir = ""\ndevice = ""'
     cell = nbformat.v4.new_code_cell(given, metadata={"tags": ["parameters"]}, id="0")
     path = study / "notebooks" / "02_both.ipynb"
@@ -234,3 +235,21 @@ def test_interrupted_leaves_nothing(study, monkeypatch):
 def test_nothing_to_run(study):
     with pytest.raises(ValueError, match=r"^base: no numbered notebook; .*make setup"):
         run("study.yaml", "out", notebooks_dir="base")
+
+
+def test_a_study_without_questions_is_refused_before_any_notebook(study):
+    text = (study / "study.yaml").read_text().replace("evaluation: {data: .}\n", "")
+    (study / "study.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"study.yaml: .*add evaluation: \{data: FOLDER\}"):
+        run("study.yaml", "out", notebooks_dir="notebooks")
+    assert not (study / "out").exists()
+
+
+def test_merged_models_go_to_the_runs_own_folder(study, instant, capsys):
+    path = write_notebook(study / "notebooks", "02_third")
+    path.write_text(path.read_text().replace("import pathlib", "merged_dir = 0\\nimport pathlib"))
+    (study / "out" / "merged").mkdir(parents=True)
+    executed = run("study.yaml", "out", "cpu", "notebooks")
+    given = [nbformat.read(path, 4).metadata["papermill"]["parameters"] for path in executed]
+    assert [x.get("merged_dir") for x in given] == [None, None, "../out/merged"]
+    assert "merged models:       out/merged" in capsys.readouterr().out

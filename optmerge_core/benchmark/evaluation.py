@@ -56,11 +56,23 @@ def load_split(folder, split, count=None, tasks=None):
     """
     parts = []
     for task in tasks_of(folder) if tasks is None else tasks:
-        data = Dataset(InMemoryTable(pq.read_table(Path(folder, split, f"{task}.parquet"))))
+        path = Path(folder, split, f"{task}.parquet")
+        data = Dataset(InMemoryTable(pq.read_table(path)))
+        if missing := {"image", "question", "answer"} - set(data.column_names):
+            raise ValueError(
+                f"{path} has no column {', '.join(sorted(missing))} (found "
+                f"{', '.join(data.column_names)}); name them image, question and answer"
+            )
+        if getattr(data.features["image"], "dtype", "") in ("string", "large_string"):
+            raise ValueError(
+                f"{path}: column image has texts, such as file names; store the encoded images "
+                "themselves, as bytes"
+            )
         if count is not None:
             if count > len(data):
                 raise ValueError(
-                    f"{folder}/{split}/{task}.parquet has {len(data)} samples, not {count}"
+                    f"{path} has {len(data)} samples, not {count}: say how many in the recipe's "
+                    f"evaluation.{split}_samples"
                 )
             data = data.select(range(count))
         for column in ("kind", "task"):

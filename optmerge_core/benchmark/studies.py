@@ -20,6 +20,11 @@ def is_shipped(study):
     return Path(study.base_model).resolve().parent == SHIPPED / study.name
 
 
+def is_published(study):
+    """Whether the paper's numbers belong beside this study's: a shipped one, or its own."""
+    return is_shipped(study) or study.name.startswith("paper_table")
+
+
 def check_claims(study, claims):
     """What a notebook's text says of the shipped studies (claim -> whether it holds here).
 
