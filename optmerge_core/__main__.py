@@ -60,36 +60,28 @@ def merge_command(options: argparse.Namespace) -> None:
     scaling_coefficient = options.scaling_coefficient
     if scaling_coefficient is None:
         scaling_coefficient = recipe.scaling_coefficient
+    models = (recipe.base_model, recipe.experts, options.output)
+    settings = {
+        "method": method,
+        "method_options": recipe.options(method),
+        "scaling_coefficient": scaling_coefficient,
+        "device": options.device,
+        "seed": recipe.seed,
+        "overwrite": options.overwrite,
+    }
     if recipe.merges == "modalities":
         from optmerge_core.omni import compose  # slow: transformers and PEFT
 
-        compose(
-            recipe.base_model,
-            recipe.experts,
-            options.output,
-            method=method,
-            method_options=recipe.options(method),
-            scaling_coefficient=scaling_coefficient,
-            device=options.device,
-            seed=recipe.seed,
-            overwrite=options.overwrite,
-        )
+        compose(*models, **settings)
         print(f"{options.output}: one Omni model of {', '.join(recipe.experts)}")
         return
     report = merge(
-        recipe.base_model,
-        recipe.experts,
-        options.output,
-        method=method,
-        method_options=recipe.options(method),
-        scaling_coefficient=scaling_coefficient,
-        device=options.device,
+        *models,
+        **settings,
         dtype=recipe.dtype,
         trim=recipe.trim if method in ("ties", "dare_ties") else "tensor",
-        seed=recipe.seed,
         family=recipe.family,
         scope=recipe.scope,
-        overwrite=options.overwrite,
         stream=options.stream,
     )
     for name, norm in report.relative_norms().items():
