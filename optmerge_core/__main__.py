@@ -43,8 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _load_recipe(path: str) -> Recipe:
+def _load_recipe(path: str, stream: bool) -> Recipe:
     recipe = load_recipe(path)
+    if stream and recipe.merges == "modalities":
+        raise ValueError(f"{path}: specialists cannot be streamed; leave --stream out")
     left_out = [e.name for e in recipe.models if e.name not in recipe.experts]
     if left_out:
         names = ", ".join(left_out)
@@ -55,7 +57,7 @@ def _load_recipe(path: str) -> Recipe:
 
 
 def merge_command(options: argparse.Namespace) -> None:
-    recipe = _load_recipe(options.recipe)
+    recipe = _load_recipe(options.recipe, options.stream)
     method = options.method or recipe.merge_method
     scaling_coefficient = options.scaling_coefficient
     if scaling_coefficient is None:
@@ -99,7 +101,7 @@ def merge_command(options: argparse.Namespace) -> None:
 
 
 def inspect_command(options: argparse.Namespace) -> None:
-    recipe = _load_recipe(options.recipe)
+    recipe = _load_recipe(options.recipe, options.stream)
     base, experts, names = open_models(recipe, options.stream)
     model_type = recipe.family or base.config().get("model_type")
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)

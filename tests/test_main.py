@@ -90,6 +90,9 @@ def test_the_omni_recipe_is_inspected_and_merged(tmp_path, capsys):
     assert "one Omni model of vision, audio, video" in capsys.readouterr().out
     report = json.loads((tmp_path / "omni" / "merge_report.json").read_text())
     assert report["method"] == "ties" and len(report["parameters"]) == 28
+    for command in (["inspect", recipe], ["merge", recipe, "--output", str(tmp_path / "no")]):
+        assert main([*command, "--stream"]) == 1
+        assert "specialists cannot be streamed" in capsys.readouterr().err
 
 
 def test_inspect_streams_each_tensor_once(tiny, tmp_path, capsys, monkeypatch):
