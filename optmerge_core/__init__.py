@@ -1,11 +1,10 @@
 """Merging fine-tuned experts of one multimodal base model (OptMerge, arXiv 2505.19892)."""
 
-from optmerge_core.adapters import open_expert
-from optmerge_core.checkpoints import open_checkpoint
-from optmerge_core.merge import merge
-from optmerge_core.merge_adapters import merge_adapters
-from optmerge_core.methods import METHODS
-from optmerge_core.recipe import load_recipe
+from optmerge_core.checkpoints.open import open_checkpoint, open_expert
+from optmerge_core.merging.merge import merge
+from optmerge_core.merging.merge_adapters import merge_adapters
+from optmerge_core.methods.registry import METHODS
+from optmerge_core.study.recipe import load_recipe
 
 __version__ = "0.1.0"
 __all__ = [

@@ -14,12 +14,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from optmerge_core.diagnosis import diagnose
-from optmerge_core.findings import OTHER_BASE_NORM
-from optmerge_core.merge import merge
-from optmerge_core.parameters import summary
-from optmerge_core.pipeline import NotebookError, run
-from optmerge_core.recipe import Recipe, load_recipe, open_models
+from optmerge_core.merging.families import summary
+from optmerge_core.merging.merge import merge
+from optmerge_core.study.notebooks import NotebookError, run
+from optmerge_core.study.open import open_models
+from optmerge_core.study.recipe import Recipe, load_recipe
+from optmerge_core.task_vectors.diagnosis import diagnose
+from optmerge_core.task_vectors.findings import OTHER_BASE_NORM
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,7 +73,7 @@ def merge_command(options: argparse.Namespace) -> None:
         "overwrite": options.overwrite,
     }
     if recipe.merges == "modalities":
-        from optmerge_core.omni import compose  # slow: transformers and PEFT
+        from optmerge_core.omni.compose import compose  # slow: transformers and PEFT
 
         compose(*models, **settings)
         print(f"{options.output}: one Omni model of {', '.join(recipe.experts)}")
@@ -169,7 +170,7 @@ def run_command(options: argparse.Namespace) -> None:
     if options.sweep is None:
         run(options.recipe, options.output, options.device)
         return
-    from optmerge_core.sweep import parse_axes, readable, sweep  # slow: matplotlib
+    from optmerge_core.study.sweep import parse_axes, readable, sweep  # slow: matplotlib
 
     if options.output is None:
         raise ValueError("--sweep: give --output DIR, the folder of its table")
@@ -193,23 +194,27 @@ def _validation_score(options: argparse.Namespace):
     def score_of(recipe):
         if recipe.evaluation.data is None:
             return None
-        from optmerge_core.benchmark import evaluation  # the package itself needs no benchmark
+        # the package itself needs no benchmark
+        from optmerge_core.evaluation.evaluator import Evaluator
+        from optmerge_core.evaluation.metrics import accuracy
+        from optmerge_core.evaluation.questions import load_split
 
         count = recipe.evaluation.validation_samples
-        data = evaluation.load_split(recipe.evaluation.data, "validation", count)
-        evaluator = evaluation.Evaluator(
+        data = load_split(recipe.evaluation.data, "validation", count)
+        evaluator = Evaluator(
             recipe.base_model,
             data,
             device=options.device,
             trust_remote_code=recipe.trust_remote_code,
         )
-        return lambda *merged: evaluation.accuracy(evaluator.merged(*merged)).to_dict()
+        return lambda *merged: accuracy(evaluator.merged(*merged)).to_dict()
 
     return score_of
 
 
 def benchmarks_command(options: argparse.Namespace) -> None:
-    from optmerge_core import plotting, public_benchmarks, public_results  # slow: matplotlib
+    from optmerge_core import figures  # slow: matplotlib
+    from optmerge_core.evaluation import public_benchmarks, public_results  # slow: matplotlib
 
     if (options.model is None) == (options.results is None):
         raise ValueError("give either a merged model's folder, or --results with result files")
@@ -226,12 +231,12 @@ def benchmarks_command(options: argparse.Namespace) -> None:
     results = public_results.read_results(options.results)
     table = public_results.beside_paper(results, options.table, options.row)
     print(f"Table {options.table}: {public_benchmarks.TABLES[options.table][1]}\n")
-    print(plotting.markdown(table))
+    print(figures.markdown(table))
     for line in public_results.remarks(results, options.table):
         print(line)
     if options.output is not None:
         name = f"tablexx_public_benchmarks_{options.table}"
-        print(f"saved: {plotting.save_table(table, options.output, name)}")
+        print(f"saved: {figures.save_table(table, options.output, name)}")
 
 
 def _parser() -> argparse.ArgumentParser:

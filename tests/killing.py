@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 from optmerge_core.__main__ import main
-from optmerge_core.checkpoints import CheckpointError
-from optmerge_core.merge import merge
-from optmerge_core.writer import CheckpointWriter
+from optmerge_core.checkpoints.formats import CheckpointError
+from optmerge_core.checkpoints.writer import CheckpointWriter
+from optmerge_core.merging.merge import merge
 
 TIMES = re.compile(rb'"(seconds|peak_memory_bytes)": [\d.e+-]+')
 

@@ -12,12 +12,13 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from optmerge_core.adapters import Factors
-from optmerge_core.checkpoints import INDEX_NAME, CheckpointError, open_checkpoint
-from optmerge_core.mergekit import NAMES
-from optmerge_core.methods import METHODS
-from optmerge_core.parameters import FAMILIES, mergeable
-from optmerge_core.recipe import MAX_NODES, Recipe, RecipeError, load_recipe
+from optmerge_core.checkpoints.adapters import Factors
+from optmerge_core.checkpoints.formats import INDEX_NAME, CheckpointError
+from optmerge_core.checkpoints.open import open_checkpoint
+from optmerge_core.merging.families import FAMILIES, mergeable
+from optmerge_core.methods.registry import METHODS
+from optmerge_core.study.mergekit import NAMES
+from optmerge_core.study.recipe import MAX_NODES, Recipe, RecipeError, load_recipe
 
 # Not derived from the test's name alone: the same examples on every machine and in every run.
 fuzz = settings(

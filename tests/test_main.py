@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from web import Web
 
 from optmerge_core.__main__ import main
-from optmerge_core.checkpoints import open_checkpoint
-from optmerge_core.writer import CheckpointWriter
+from optmerge_core.checkpoints.open import open_checkpoint
+from optmerge_core.checkpoints.writer import CheckpointWriter
 
 RECIPES = Path(__file__).parents[1] / "data" / "recipes"
 

@@ -16,12 +16,12 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 TOP_LEVEL = {
-    *("README.md", "LICENSE", "Makefile"),
+    *("README.md", "LICENSE", "Makefile", "CITATION.cff", "CONTRIBUTING.md", "CHANGELOG.md"),
     *("environment.yml", "pyproject.toml", "requirements.txt"),
     *("optmerge_core", "notebooks", "data", "figures", "tests"),
 }
 MAX_LINES = 350
-MAX_DATA_BYTES = 60e6
+MAX_DATA_BYTES = 150e6
 PYTHONS = ("3.11", "3.12", "3.13")
 
 
@@ -67,7 +67,6 @@ def test_requirements_satisfy_pyproject():
     for requirement in direct_requirements():
         pin = pins.get(canonicalize_name(requirement.name))
         assert pin is not None, f"{requirement} of pyproject.toml is not pinned"
-        assert pin.marker is None, f"{pin} is needed on every platform"
         (specifier,) = pin.specifier
         assert specifier.version in requirement.specifier, f"{pin} is not {requirement}"
 

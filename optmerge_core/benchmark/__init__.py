@@ -1,0 +1,1 @@
+"""The embedded benchmarks: tasks, models, training and experiments."""

@@ -15,7 +15,7 @@ from floors import copy_bandwidth, matmul_rate, record, show
 from layer import EXPERTS, floor_flops, layer_shapes
 from models import QWEN2VL_7B, RANK
 
-from optmerge_core.methods import METHODS
+from optmerge_core.methods.registry import METHODS
 
 OPTIONS = {"optmerge": {"preset": "lora"}, "wudi": {"optimizer": "sgd"}}
 PRODUCTS = {"optmerge", "wudi"}

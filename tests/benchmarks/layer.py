@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from floors import matmul_rate, record, show
 
-from optmerge_core.optmerge import optmerge
-from optmerge_core.parallel import in_order
+from optmerge_core.methods.optmerge import optmerge
+from optmerge_core.runtime import in_order
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import reference  # noqa: E402

@@ -20,7 +20,7 @@ from floors import matmul_rate, record, show
 from layer import EXPERTS, INTERNVL_1B, floor_flops, layer_shapes
 from safetensors.torch import load_file, save_file
 
-from optmerge_core.writer import CheckpointWriter
+from optmerge_core.checkpoints.writer import CheckpointWriter
 
 RANK = 16
 QWEN2VL_7B = {

@@ -17,9 +17,9 @@ from floors import copy_bandwidth, device_name, matmul_rate, show
 from layer import floor_flops
 from tqdm.auto import tqdm
 
-from optmerge_core.merge_adapters import merge_factors
-from optmerge_core.methods import METHODS
-from optmerge_core.report import peak_memory, reset_peak_memory
+from optmerge_core.merging.merge_adapters import merge_factors
+from optmerge_core.methods.registry import METHODS
+from optmerge_core.runtime import peak_memory, reset_peak_memory
 
 EXPERTS, WIDTHS, RANKS = (2, 3, 5, 10, 20), (128, 256, 512, 1024, 2048), (4, 8, 16, 32, 64)
 OPTIONS = {"optmerge": {"preset": "lora"}}

@@ -1,0 +1,1 @@
+"""Longer experiments, whose tables ship with the benchmark."""

@@ -1,0 +1,109 @@
+"""The modality study for every training seed: how far do Table 5's results scatter?
+
+`python -m optmerge_core.benchmark.omni_seeds RECIPE OUT` merges and evaluates the specialists of
+every seed as notebook 04 does (the shipped seed's from the recipe, the others', trained by
+`omni_training`, from OUT/seed<n>) and writes OUT/seeds.csv: a row per seed and model, test accuracy
+per kind of question.
+"""
+
+import argparse
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from optmerge_core import METHODS, load_recipe
+from optmerge_core.benchmark.experiments.omni_evaluation import (
+    OmniEvaluator,
+    accuracies,
+    draw_questions,
+)
+from optmerge_core.benchmark.experiments.seeds import OTHERS, SHIPPED_SEED
+from optmerge_core.checkpoints.open import open_checkpoint
+from optmerge_core.evaluation.selection import best_scaling, search_scaling
+from optmerge_core.merging.families import mergeable
+from optmerge_core.merging.merge import merge_tensors
+from optmerge_core.omni import compose
+from optmerge_core.omni.online import TEXT, online_weights, route
+from optmerge_core.omni.specialists import LanguageModel, open_specialist
+
+MERGES = [method for method in METHODS if not method.startswith("dare")]
+
+
+def weights_of(folder, names):
+    """A specialist's language model: name -> float32 weight of the layers that merge."""
+    own = open_specialist(folder).language_model
+    return {n: own[n].float() for n in names}
+
+
+def evaluate(study, specialists, decoupled, validation, test):
+    """Test accuracies: specialists on their own, every merge, both online compositions.
+
+    specialists, decoupled: modality -> adapter folder; validation, test: lists of questions.
+    """
+    weights = open_checkpoint(study.base_model)
+    base = LanguageModel(weights)
+    names = mergeable({n: base.shape(n) for n in base}, weights.config()["model_type"])
+    start = {n: base[n].float() for n in names}
+    own = {m: weights_of(folder, names) for m, folder in specialists.items()}
+    merged = {
+        m: merge_tensors(base, own, names, method=m, method_options=study.options(m))
+        for m in MERGES
+    }
+
+    def scaled(method, scaling):
+        return {n: start[n] + scaling * merged[method][n] for n in names}
+
+    rows = {}
+    with TemporaryDirectory() as folder:
+        compose(study.base_model, specialists, Path(folder, "omni"), method="weight_average")
+        search = OmniEvaluator(Path(folder, "omni"), validation)
+        scaling = best_scaling(
+            search_scaling(
+                lambda m, c: accuracies(search.answer(scaled(m, c)))["Avg"],
+                MERGES,
+                study.scaling_coefficients,
+            )
+        )
+        for m, weights in own.items():
+            alone = OmniEvaluator(Path(folder, "omni"), test, [m])
+            rows[m] = accuracies(alone.answer(weights))
+        evaluator = OmniEvaluator(Path(folder, "omni"), test)
+        rows["base_model"] = accuracies(evaluator.answer(start))
+        rows |= {m: accuracies(evaluator.answer(scaled(m, scaling[m]))) for m in MERGES}
+        route(evaluator.model, online_weights(own))
+        rows["naive_mc"] = accuracies(evaluator.answer())
+        if decoupled:
+            compose(study.base_model, decoupled, Path(folder, "damc"), method="weight_average")
+            evaluator = OmniEvaluator(Path(folder, "damc"), test)
+            features = {m: weights_of(path, names) for m, path in decoupled.items()}
+            text = {m: weights_of(Path(path, TEXT), names) for m, path in decoupled.items()}
+            route(evaluator.model, online_weights(features, text))
+            rows["damc"] = accuracies(evaluator.answer())
+    return pd.DataFrame(rows).T.rename_axis("model")
+
+
+def main(recipe, output, seeds):
+    study, tables = load_recipe(recipe), {}
+    counts = {
+        "validation": study.evaluation.validation_samples,
+        "test": study.evaluation.test_samples,
+    }
+    questions = [draw_questions(split, count) for split, count in counts.items()]
+    for seed in tqdm(seeds, desc="seeds"):
+        specialists, decoupled = study.experts, study.evaluation.references
+        if seed != SHIPPED_SEED:
+            folder = Path(output, f"seed{seed}")
+            specialists = {m: str(folder / m) for m in specialists}
+            decoupled = {m: str(folder / "decoupled" / m) for m in decoupled}
+        tables[seed] = evaluate(study, specialists, decoupled, *questions)
+    pd.concat(tables, names=["seed"]).round(4).to_csv(Path(output, "seeds.csv"))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe")
+    parser.add_argument("output")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[SHIPPED_SEED, *OTHERS])
+    main(**vars(parser.parse_args()))

@@ -1,0 +1,1 @@
+"""Random models and processors of the real transformers classes."""

@@ -1,0 +1,1 @@
+"""Pictures, clips and the questions about them."""

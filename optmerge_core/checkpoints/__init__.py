@@ -1,0 +1,1 @@
+"""Files only: opening, reading and writing checkpoints, wherever they are."""

@@ -1,0 +1,165 @@
+"""Hugging Face checkpoint folders as lazy mappings parameter name -> tensor.
+
+Weights are safetensors files; where there are none, pickles that hold plain tensors (`pickles.py`).
+`remote.py` reads a checkpoint over the network without downloading it, `writer.py` writes one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from optmerge_core.checkpoints.formats import (
+    STORED_DTYPES,
+    URL,
+    CheckpointError,
+    read_json,
+    weight_files,
+)
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """A folder of weight files as a read-only mapping parameter name -> CPU tensor.
+
+    Opening reads the headers only. Indexing reads one tensor, in the dtype of the file, through a
+    memory map that lives as long as the tensor, so a loop over a checkpoint of any size holds one
+    tensor at a time. Names iterate file by file and sorted within a file.
+
+    With `adapter`, a folder of a PEFT adapter opens too, as what it is: the adapter's own tensors.
+    `source` says where the weights are read: "folder", "hub" (its cache), or the address they are
+    streamed from. Raises `CheckpointError` when the folder is not a complete, consistent checkpoint
+    of tensors.
+    """
+
+    def __init__(self, folder: str | Path, revision: str | None = None, adapter: bool = False):
+        self.folder, self.revision = Path(folder), revision
+        self.source = "hub" if revision else "folder"
+        self._pickles: dict[str, Any] = {}
+        present = {path.name for path in self.folder.iterdir() if path.is_file()}
+        self._read_headers(str(self.folder), present, adapter)
+
+    def _read_headers(self, place: str, present: Collection[str], adapter: bool) -> None:
+        """`present`: the files there; `place`: what error messages call their folder."""
+        names, index = weight_files(place, self.folder, present, adapter)
+        self.files = [self.folder / name for name in names]
+        self._entries: dict[str, tuple[str, tuple[int, ...], torch.dtype]] = {}
+        self._sha256: dict[str, str] = {}
+        for file in names:
+            for name, shape, dtype in self._read_header(file):
+                if name in self._entries:
+                    raise CheckpointError(
+                        f"{place}/{file}: tensor {name!r} is also in {self._entries[name][0]}; "
+                        "remove the shard that does not belong to this checkpoint"
+                    )
+                self._entries[name] = (file, shape, dtype)
+        for name, file in index.items():
+            if name not in self._entries or self._entries[name][0] != file:
+                raise CheckpointError(
+                    f"{place}: tensor {name!r} is not in {file}, where the index says it is; "
+                    "download or save the checkpoint again"
+                )
+
+    def _read_header(self, file: str) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+        path = self.folder / file
+        if path.suffix == ".bin":
+            from optmerge_core.checkpoints.pickles import Pickle
+
+            self._pickles[file] = Pickle(path)
+            return self._pickles[file].header()
+        return _safetensors_header(path)
+
+    def __getitem__(self, name: str) -> Tensor:
+        file = self._entries[name][0]
+        if file in self._pickles:
+            return self._pickles[file].read(name)
+        # One handle a tensor: the pages of a shared handle would stay in memory until it closes.
+        try:
+            with safe_open(self.folder / file, framework="pt") as handle:
+                return handle.get_tensor(name)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{self.folder / file}: changed since it was opened ({error}); try again"
+            ) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __repr__(self) -> str:
+        kind, place = type(self).__name__, self.source if URL.match(self.source) else self.folder
+        return f"{kind}({str(place)!r}, {len(self)} tensors in {len(self.files)} files)"
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the weights are those of a PEFT adapter alone."""
+        return [file.stem for file in self.files] == ["adapter_model"]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter, from the header: no weights are read."""
+        return self._entries[name][1]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a parameter, from the header: no weights are read."""
+        return self._entries[name][2]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all parameters, from the headers."""
+        return {name: shape for name, (_, shape, _) in self._entries.items()}
+
+    def nbytes(self, name: str) -> int:
+        """Bytes one parameter takes in the file."""
+        _, shape, dtype = self._entries[name]
+        return torch.Size(shape).numel() * dtype.itemsize
+
+    def config(self) -> dict:
+        """The folder's config.json; an empty dict where there is none."""
+        path = self.folder / "config.json"
+        config = read_json(path) if path.is_file() else {}
+        kind, classes = config.get("model_type"), config.get("architectures") or []
+        names = [kind] * (kind is not None) + (classes if isinstance(classes, list) else [None])
+        if not all(isinstance(name, str) for name in names):
+            raise CheckpointError(
+                f"{path}: model_type is {kind!r} and architectures {classes!r}, where a text and a "
+                "list of texts are expected; download it again"
+            )
+        return config
+
+    def sha256(self) -> dict[str, str]:
+        """File name -> SHA-256 of each weight file. Reads every file once; kept afterwards."""
+        if not self._sha256:
+            for path in self.files:
+                with open(path, "rb") as stream:
+                    self._sha256[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+        return dict(self._sha256)
+
+
+def _safetensors_header(path: Path) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    try:
+        with safe_open(path, framework="pt") as handle:
+            slices = {name: handle.get_slice(name) for name in sorted(handle.keys())}
+            header = [
+                (name, tuple(part.get_shape()), STORED_DTYPES[part.get_dtype()])
+                for name, part in slices.items()
+            ]
+    except KeyError as error:
+        raise CheckpointError(f"{path}: dtype {error} is not supported") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: truncated or not a safetensors file ({error}); download or copy it again"
+        ) from error
+    for name, shape, _ in header:
+        if math.prod(size or 1 for size in shape) >= 1 << 63:
+            raise CheckpointError(f"{path}: tensor {name!r} has shape {shape}; copy it again")
+    return header

@@ -1,0 +1,161 @@
+"""What checkpoint folders look like: file names, indices, headers, dtypes."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Collection
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import torch
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+ADAPTER_NAME = "adapter_model.safetensors"
+FORMATS = {
+    ".safetensors": (SINGLE_NAME, ADAPTER_NAME, INDEX_NAME),
+    ".bin": ("pytorch_model.bin", "adapter_model.bin", "pytorch_model.bin.index.json"),
+}  # suffix -> names of a single file, of an adapter, of the index; in order of preference
+SIDE_PATTERNS = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py"]
+PICKLE_PATTERNS = ["pytorch_model*.bin", "adapter_model.bin"]
+HUB_ID = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?")
+URL = re.compile(r"https?://\S+", re.IGNORECASE)
+STORED_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+
+MAX_HEADER = 100_000_000  # bytes, as in safetensors
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read or written; the message names the file and the remedy."""
+
+
+def parse_hub_id(location: str, revision: str | None = None) -> tuple[str, str | None]:
+    """`owner/name` or `owner/name@revision` as (id, revision); None is the hub's default branch.
+
+    Raises `CheckpointError` for what is not a hub id, and where `revision` says otherwise.
+    """
+    match = HUB_ID.fullmatch(location)
+    if match is None:
+        raise CheckpointError(
+            f"{location}: no such folder, nor a hub id (owner/name or owner/name@revision)"
+        )
+    if match["revision"] and revision not in (None, match["revision"]):
+        raise CheckpointError(f"{location}: revision {revision!r} says otherwise; give only one")
+    return match["id"], match["revision"] or revision
+
+
+def weight_files(
+    place: str, folder: Path, present: Collection[str], adapter: bool
+) -> tuple[list[str], dict[str, str]]:
+    """The weight files of a folder and the index to check them against, if it has one.
+
+    In transformers' order: the single file, the files of the index, whatever other safetensors are
+    there; then the same for pickles.
+    """
+    for suffix, (single, adapter_name, index_name) in FORMATS.items():
+        for name in (single, *([adapter_name] if adapter else [])):
+            if name in present:
+                return [name], {}
+        index = read_index(folder / index_name, place) if index_name in present else {}
+        files = sorted(set(index.values())) or [adapter_name] * (adapter_name in present)
+        if not files and suffix == ".safetensors":
+            files = sorted(name for name in present if name.endswith(suffix))
+        if adapter_name in files:
+            raise CheckpointError(f"{place} is a PEFT adapter, where a whole model is needed")
+        for file in files:
+            if file not in present:
+                raise CheckpointError(
+                    f"{place}/{file}: missing shard, named in {index_name}; download or copy it "
+                    "again"
+                )
+        if files:
+            return files, index
+    others = sorted(name for name in present if name.endswith((".bin", ".pt", ".pth")))
+    found = f"and no other weights with a known name ({others[0]})" if others else "nor any other"
+    raise CheckpointError(
+        f"{place}: no safetensors weights, {found}; convert the model to safetensors with "
+        "from_pretrained(...).save_pretrained(...)"
+    )
+
+
+def read_index(path: Path, place: str) -> dict[str, str]:
+    """Tensor name -> file name, from an index; `place` is what error messages call its folder."""
+    suffix = f".{path.name.split('.')[1]}"
+    weight_map = read_json(path, f"{place}/{path.name}").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"{place}/{path.name}: no weight_map in the index; save the checkpoint again"
+        )
+    for name, file in weight_map.items():
+        # A name, not a resolved path, is checked: the hub's cache is made of links to elsewhere.
+        if (
+            not isinstance(file, str)
+            or not file.endswith(suffix)
+            or (PurePosixPath(file).name != file or PureWindowsPath(file).name != file)
+        ):
+            raise CheckpointError(
+                f"{place}/{path.name}: tensor {name!r} points to {file!r}, which is not a "
+                f"{suffix[1:]} file of this folder; do not trust this checkpoint"
+            )
+    return weight_map
+
+
+def read_json(path: Path, shown: str | None = None) -> dict:
+    """A JSON object from a file, which errors call `shown` (default: its path)."""
+    shown = shown or str(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{shown}: not valid JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{shown}: a JSON object is expected; download it again")
+    return content
+
+
+def parse_header(content: bytes, size: int) -> list[tuple[str, tuple[int, ...], torch.dtype, int]]:
+    """Name, shape, dtype and first byte of each tensor, of a header before `size` bytes of data.
+
+    Raises `ValueError` for what safetensors refuses: tensors must fill the data without gap or
+    overlap. Source: the format's description, github.com/huggingface/safetensors.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a name is there twice")
+        return dict(pairs)
+
+    entries, end = [], 0
+    try:
+        header = json.loads(bytes(content), object_pairs_hook=unique)
+        header.pop("__metadata__", None)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            shape, dtype, (start, stop) = entry["shape"], entry["dtype"], entry["data_offsets"]
+            if any(type(number) is not int or number < 0 for number in (*shape, start, stop)):
+                raise ValueError(f"{name!r}: shape {shape}, bytes {start} to {stop}")
+            if math.prod(number or 1 for number in shape) >= 1 << 63:
+                raise ValueError(f"{name!r}: shape {shape}")
+            if dtype not in STORED_DTYPES:
+                raise ValueError(f"{name!r}: dtype {dtype} is not supported")
+            if start != end or stop - start != math.prod(shape) * STORED_DTYPES[dtype].itemsize:
+                raise ValueError(
+                    f"{name!r}: bytes {start} to {stop}, after {end}, for {dtype} {shape}"
+                )
+            entries.append((name, tuple(shape), STORED_DTYPES[dtype], start))
+            end = stop
+    except (AttributeError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"header: {type(error).__name__} {error}") from error
+    if end != size:
+        raise ValueError(f"{size} bytes of data where {end} are expected")
+    return entries
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

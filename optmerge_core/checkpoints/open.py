@@ -1,0 +1,83 @@
+"""One place where a location, folder, hub id or URL, becomes an opened checkpoint or expert."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from optmerge_core.checkpoints.adapters import Adapter, Renamed
+from optmerge_core.checkpoints.folder import Checkpoint
+from optmerge_core.checkpoints.formats import (
+    PICKLE_PATTERNS,
+    SIDE_PATTERNS,
+    URL,
+    CheckpointError,
+    parse_hub_id,
+)
+from optmerge_core.checkpoints.names import other_names
+from optmerge_core.checkpoints.remote import hub_error
+
+
+def open_expert(
+    location: str | Path, base: Checkpoint, stream: bool = False
+) -> Checkpoint | Adapter | Renamed:
+    """An expert of `base`: a whole checkpoint, or a PEFT LoRA adapter; see `open_checkpoint`.
+
+    A checkpoint with other names for the base's parameters (`parameters.other_names`) gets these.
+    """
+    opened = open_checkpoint(location, adapter=True, stream=stream)
+    if opened.is_adapter:
+        return Adapter(opened, base)
+    own_names = other_names(base, opened)
+    return Renamed(opened, own_names) if own_names else opened
+
+
+def open_checkpoint(
+    location: str | Path, revision: str | None = None, adapter: bool = False, stream: bool = False
+) -> Checkpoint:
+    """Open a local folder, or else a Hugging Face hub id: `owner/name` or `owner/name@revision`.
+
+    `revision` (branch, tag or commit) is for hub ids. What a model needs is downloaded to the hub's
+    cache, once; in offline mode (HF_HUB_OFFLINE) it is taken from there. With `stream`, weights
+    that the cache lacks stay on the hub and are read tensor by tensor, and `location` can also be
+    the URL of a checkpoint's folder on a web server. Raises `CheckpointError`.
+    """
+    folder = Path(location).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise CheckpointError(f"{folder} is a local folder: revision is for hub ids only")
+        return Checkpoint(folder, adapter=adapter)
+    if folder.exists():
+        raise CheckpointError(f"{folder} is a file: give the checkpoint's folder")
+    if URL.fullmatch(str(location)):
+        if not stream or revision is not None:
+            raise CheckpointError(
+                f"{location}: a web server's folder has no revision and is not downloaded; stream "
+                "it (stream=True, --stream), or download it and give the local folder"
+            )
+        from optmerge_core.checkpoints.remote import open_url
+
+        return open_url(str(location), adapter)
+    repo_id, revision = parse_hub_id(str(location), revision)
+    from huggingface_hub import constants
+
+    if stream and not constants.HF_HUB_OFFLINE:
+        from optmerge_core.checkpoints.remote import open_hub
+
+        return open_hub(repo_id, revision, adapter)
+    return _open_cached(repo_id, revision, adapter)
+
+
+def _open_cached(repo_id: str, revision: str | None, adapter: bool) -> Checkpoint:
+    """Through the hub's cache: what is missing is downloaded, pickles only if alone."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import httpx
+
+    try:
+        patterns = ["*.safetensors", *SIDE_PATTERNS]
+        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+        if not any(folder.glob("*.safetensors")):
+            patterns += PICKLE_PATTERNS
+            snapshot_download(repo_id, revision=folder.name, allow_patterns=patterns)
+        return Checkpoint(folder, revision=folder.name, adapter=adapter)
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        raise hub_error(repo_id, revision, error) from error

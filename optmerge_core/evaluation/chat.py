@@ -1,0 +1,99 @@
+"""Questions to real checkpoints: prompts by their own chat template, pictures, answers as said.
+
+The embedded families answer with one word or location tokens and nothing else; a model with a
+vocabulary of its own has to be told what form an answer should have, and is read more leniently.
+"""
+
+import re
+
+import transformers
+from PIL import Image
+from transformers import AutoProcessor, ProcessorMixin
+
+from optmerge_core.checkpoints.formats import read_json
+from optmerge_core.evaluation.metrics import is_box
+
+SIDE = 448  # pixels that the shorter side of a picture has at least
+MAX_NEW_TOKENS = 64  # a box in JSON, digit by digit, takes about 45
+WORD = "Answer with a single word, a number in digits or the characters alone."
+BOX = (
+    "Answer with its box alone, as four numbers from 0 to 1000: left, top, right, bottom, where "
+    "1000 is the picture's whole width or height."
+)
+
+
+def load_processor(folder, trust_remote_code=False):
+    """The folder's processor; without its part for videos where that, or torchvision, is missing.
+
+    Raises `ValueError` for a folder that has none, or whose processor is Python code of its own
+    that has not been allowed to run.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ImportError, OSError) as error:
+        if not re.search("torchvision|video processor", str(error), re.IGNORECASE):
+            raise
+        processor = _image_only(folder, error)
+    except ValueError as error:
+        raise ValueError(
+            f"{folder}: its processor does not open ({str(error).splitlines()[0]}); if that is the "
+            "checkpoint's own Python code, read it and let the recipe say trust_remote_code: true"
+        ) from error
+    if not hasattr(processor, "apply_chat_template") or not hasattr(processor, "image_processor"):
+        raise ValueError(
+            f"{folder}: no processor for pictures and text (found {type(processor).__name__}); "
+            "copy the original's processor and tokenizer files beside the weights, or use the "
+            "checkpoint's conversion to transformers, often named ...-hf"
+        )
+    return processor
+
+
+def _image_only(folder, error):
+    """A stock processor without its part for videos, which needs torchvision and its own file."""
+    files = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+    found = (read_json(folder / name) for name in files if (folder / name).is_file())
+    name = next((config["processor_class"] for config in found if "processor_class" in config), "")
+    stock = getattr(transformers, name or "-", None)
+    if not (isinstance(stock, type) and issubclass(stock, ProcessorMixin)):
+        raise ImportError(
+            f"{folder}: its processor does not open; is torchvision there?"
+        ) from error
+
+    class ImageOnly(stock):
+        @classmethod
+        def get_attributes(cls):
+            return [part for part in super().get_attributes() if part != "video_processor"]
+
+    try:
+        return ImageOnly.from_pretrained(folder)
+    except (ImportError, TypeError) as other:
+        raise ImportError(f"{folder}: {name} needs torchvision; install it ({other})") from other
+
+
+def enlarged(image):
+    """In RGB, its shorter side at least SIDE pixels (bicubic); larger pictures are left alone."""
+    image = image.convert("RGB")
+    factor = SIDE / min(image.size)
+    if factor <= 1:
+        return image
+    return image.resize([round(side * factor) for side in image.size], Image.Resampling.BICUBIC)
+
+
+def messages(image, question, answer):
+    """The conversation up to the model's answer; of the right answer only its form is told."""
+    text = f"{question}\n{BOX if is_box(answer) else WORD}"
+    content = [{"type": "image", "image": enlarged(image)}, {"type": "text", "text": text}]
+    return [{"role": "user", "content": content}]
+
+
+def prepare(processor, items):
+    """What `generate` takes for some samples (image, question, answer), padded on the left."""
+    conversations = [messages(i["image"], i["question"], i["answer"]) for i in items]
+    return processor.apply_chat_template(
+        conversations,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "left"},
+    )

@@ -1,0 +1,1 @@
+"""Where files and formulas meet: what merges, the checks, the merge itself, its report."""

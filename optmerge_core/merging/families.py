@@ -1,0 +1,188 @@
+"""Which parameters of which model family merge; all others keep the base model's values.
+
+The paper merges the linear layers of the language model. Vision tower, connector, embeddings,
+lm_head, norms and biases are the base's. A parameter merges if its name matches the family's rule
+and it is two-dimensional, so a fused projection (Phi-3's `qkv_proj`, InternLM2's `wqkv`) merges as
+the one matrix it is, and so do a mixture-of-experts' router and its experts, where each expert has
+its own matrices.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+
+import pandas as pd
+
+SCOPES = ("linear", "all")
+
+_LAYER = r"layers\.\d+\..+\.weight"
+_TEXT = rf"model\.{_LAYER}"
+# The name of the language model differs between the files of the hub, what `save_pretrained` of
+# each version of transformers writes, and the modules in memory. The layers of a tower have its
+# name before `layers`, and no rule has one.
+_MULTIMODAL = rf"(?:model|(?:model\.)?(?:language_model|text_model)(?:\.model)?)\.{_LAYER}"
+
+FAMILIES = {
+    # files: language_model.model.layers…; in memory: model.language_model.layers…
+    "internvl": _MULTIMODAL,
+    "internvl_chat": _MULTIMODAL,  # InternVL's remote code, with Qwen2, InternLM2, Phi-3 or Llama
+    "llava": _MULTIMODAL,  # the authors' own files: model.layers…
+    "llava_llama": _MULTIMODAL,
+    "llava_qwen": _MULTIMODAL,
+    "llava_next": _MULTIMODAL,
+    "llava_onevision": _MULTIMODAL,
+    "gemma3": _MULTIMODAL,
+    "paligemma": _MULTIMODAL,
+    # files: model.layers…; in memory: model.language_model.layers…
+    "qwen2_vl": _MULTIMODAL,
+    "qwen2_5_vl": _MULTIMODAL,
+    # both: model.language_model.layers…
+    "qwen3_vl": _MULTIMODAL,
+    "qwen3_vl_moe": _MULTIMODAL,
+    # both: model.text_model.layers…
+    "idefics2": _MULTIMODAL,
+    "idefics3": _MULTIMODAL,
+    "smolvlm": _MULTIMODAL,
+    # language models: model.layers…
+    "llama": _TEXT,
+    "mistral": _TEXT,
+    "qwen2": _TEXT,
+    "qwen2_moe": _TEXT,
+    "qwen3": _TEXT,
+    "qwen3_moe": _TEXT,
+    "gemma": _TEXT,
+    "gemma2": _TEXT,
+    "gemma3_text": _TEXT,
+    "phi3": _TEXT,
+    "internlm2": _TEXT,
+}
+"""config.json's `model_type` -> regular expression of the full names that merge."""
+
+_DEFAULT = rf"(?:.+\.)?{_LAYER}"
+_NOT_LANGUAGE = re.compile(
+    r"vision|visual|(?:^|[._])vit|image|img|clip|siglip|dino|audio|speech|video|projector|connector"
+    r"|merger|mlp1|resampler|qformer|perceiver|abstractor|embed|lora_",
+    re.IGNORECASE,
+)
+_FUSED_EXPERTS = re.compile(r"layers\.\d+\.(?:.+\.)?experts\.\w+$")
+_OUTSIDE = re.compile(rf"(?:[^.]+\.)*?[^.]*(?:{_NOT_LANGUAGE.pattern})[^.]*\.", re.IGNORECASE)
+_EMBEDDINGS = re.compile(r"(?:embed_tokens|tok_embeddings|wte)\.weight$")
+_HEAD = re.compile(r"(?:^|\.)(?:lm_head|language_model\.output)\.weight$")
+
+
+def mergeable(
+    names_and_shapes: Mapping[str, tuple[int, ...]], model_type: str | None, scope: str = "linear"
+) -> list[str]:
+    """Names of the parameters to merge, in the order given.
+
+    `names_and_shapes` maps parameter name to shape, `model_type` is config.json's. With the scope
+    "linear", the paper's, these are the linear layers of the language model. An unknown family gets
+    a default rule (2-D weights under `layers.<i>.`, and no word like vision, audio or projector in
+    the name) and a warning; so does a mixture of experts whose matrices are stored as one 3-D
+    tensor, which is the base's. With "all" it is every parameter but scalars and empty ones.
+    Raises `ValueError` if nothing merges.
+    """
+    if scope not in SCOPES:
+        raise ValueError(f"scope {scope!r}: give 'linear' or 'all'")
+    if scope == "all":
+        names = [name for name, shape in names_and_shapes.items() if shape and 0 not in shape]
+        if not names:
+            raise ValueError("no parameter to merge: the checkpoint has none with entries")
+        return names
+    if model_type not in FAMILIES:
+        warnings.warn(
+            f"model type {model_type!r} has no rule of its own (known: {', '.join(FAMILIES)}): "
+            "merging the 2-D weights under layers.<i>. outside vision, audio and projector modules",
+            stacklevel=2,
+        )
+    names = [name for name, shape in names_and_shapes.items() if merges(name, shape, model_type)]
+    if not names:
+        example = next(iter(names_and_shapes), "none at all")
+        raise ValueError(
+            f"no parameter to merge: model type {model_type!r} merges the 2-D weights named "
+            f"{FAMILIES.get(model_type, _DEFAULT)}, and this checkpoint has names like {example}; "
+            "is it another model? (scope 'all' merges whatever its names are)"
+        )
+    fused = [
+        n for n, shape in names_and_shapes.items() if len(shape) == 3 and _FUSED_EXPERTS.search(n)
+    ]
+    if fused:
+        warnings.warn(
+            f"{len(fused)} tensors hold the matrices of a mixture of experts in three dimensions "
+            f"and keep the base's values ({fused[0]}); scope 'all' merges them",
+            stacklevel=2,
+        )
+    return names
+
+
+def merges(name: str, shape: tuple[int, ...], model_type: str | None) -> bool:
+    """Whether one parameter merges under its family's rule, or the default one."""
+    return len(shape) == 2 and _follows_rule(name, model_type)
+
+
+def summary(
+    names_and_shapes: Mapping[str, tuple[int, ...]], model_type: str | None, scope: str = "linear"
+) -> pd.DataFrame:
+    """What a merge does with each kind of parameter: one row a kind, in the checkpoint's order.
+
+    A kind is a name with its numbers replaced by `*`; of what lies outside the language model, a
+    tower or a connector, each module is one row. Columns: parameters (the kind), count, shapes (the
+    two most frequent), entries (of all together), merges (True or False), why. Raises `ValueError`
+    as `mergeable` does.
+    """
+    merging = set(mergeable(names_and_shapes, model_type, scope))
+    fronts = {_front(name) for name in names_and_shapes if _follows_rule(name, model_type)}
+    rows = []
+    for name, shape in names_and_shapes.items():
+        part, why = _part(name, shape, _front(name) in fronts)
+        if name in merging and scope == "all":
+            why = f"scope all: {why}"
+        rows.append((part, name in merging, why, shape, math.prod(shape)))
+    table = pd.DataFrame(rows, columns=["parameters", "merges", "why", "shapes", "entries"])
+    groups = table.groupby(["parameters", "merges", "why"], sort=False)
+    table = groups.agg(
+        count=("shapes", "size"), shapes=("shapes", _shapes), entries=("entries", "sum")
+    )
+    return table.reset_index()[["parameters", "count", "shapes", "entries", "merges", "why"]]
+
+
+def _follows_rule(name: str, model_type: str | None) -> bool:
+    if model_type in FAMILIES:
+        return re.fullmatch(FAMILIES[model_type], name) is not None
+    return re.fullmatch(_DEFAULT, name) is not None and not _NOT_LANGUAGE.search(name)
+
+
+def _front(name: str) -> str | None:
+    """What stands before a layer's number: `model.layers.` of `model.layers.3.mlp.up_proj.bias`."""
+    match = re.match(r"(.*?\blayers\.)\d+\.", name)
+    return match[1] if match else None
+
+
+def _part(name: str, shape: tuple[int, ...], in_language_layers: bool) -> tuple[str, str]:
+    """The row of `summary` a parameter belongs to, and what it is."""
+    kind = re.sub(r"\.\d+(?=\.)", ".*", name)
+    if not in_language_layers:
+        if _EMBEDDINGS.search(name):
+            return kind, "embeddings"
+        if _HEAD.search(name):
+            return kind, "head"
+        if outside := _OUTSIDE.match(name):
+            return f"{outside[0]}*", "outside the language model"
+    elif len(shape) == 2 and name.endswith(".weight"):
+        return kind, "linear layer of the language model"
+    elif _FUSED_EXPERTS.search(name):
+        return kind, "experts fused in one tensor"
+    if len(shape) == 1:
+        return kind, "bias" if name.endswith("bias") else "norm" if "norm" in name else "vector"
+    return kind, "not a linear layer of the language model"
+
+
+def _shapes(shapes: pd.Series) -> str:
+    """`896 × 896, 128 × 896, …`: the two most frequent shapes."""
+    texts = [" × ".join(map(str, shape)) or "scalar" for shape in shapes]
+    most = [text for text, _ in Counter(texts).most_common(3)]
+    return ", ".join(most[:2] + ["…"] * (len(most) > 2))

@@ -1,0 +1,229 @@
+"""Merging LoRA adapters into one adapter, exactly, without ever making an outputs × inputs matrix.
+
+With B = [B1 … BN] = Q R and Aᵀ = [A1ᵀ … ANᵀ] = P T, every task vector is τi = Q Ki Pᵀ, with a small
+core Ki of at most Σ ri rows and columns. A method that only multiplies, adds and decomposes its
+task vectors gives Q K Pᵀ, where K is what it gives for the cores: an adapter of rank ≤ Σ ri.
+Methods that look at single entries (TIES, DARE, Adam) leave that span.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from tqdm.auto import tqdm
+
+from optmerge_core.checkpoints.adapters import CONFIG_NAME, PREFIX, Factors
+from optmerge_core.checkpoints.formats import ADAPTER_NAME, CheckpointError
+from optmerge_core.checkpoints.open import open_checkpoint
+from optmerge_core.checkpoints.writer import CheckpointWriter, check_output
+from optmerge_core.merging.checks import check_read, check_request
+from optmerge_core.merging.report import MergeReport
+from optmerge_core.methods.optmerge import PRESETS
+from optmerge_core.methods.registry import METHODS
+from optmerge_core.runtime import in_order, peak_memory, reset_peak_memory
+
+ENTRYWISE = "works on single entries, which leaves the span of the factors"
+IMPOSSIBLE = dict.fromkeys(("ties", "dare_task_arithmetic", "dare_ties"), ENTRYWISE) | {
+    "aswudi": "counts directions that no expert uses"
+}
+
+
+def merge_adapters(
+    experts: Mapping[str, str | Path],
+    output_dir: str | Path,
+    *,
+    method: str = "optmerge",
+    method_options: Mapping[str, Any] | None = None,
+    scaling_coefficient: float = 1.0,
+    overwrite: bool = False,
+) -> Path:
+    """Merge PEFT LoRA adapters of one base model into one adapter that PEFT loads.
+
+    experts: name -> adapter folder or hub id. Equal to `merge` of the same adapters up to rounding.
+    Methods: weight_average, task_arithmetic, tsv, iso_c, swudi, and with SGD or ridge wudi and
+    optmerge (its presets lora, the default here, and modality). The others raise `ValueError`,
+    which says why.
+    Returns the folder: adapter_model.safetensors (float32) and adapter_config.json, scale 1, with
+    merge_report.json and a model card.
+    """
+    started = time.perf_counter()
+    reset_peak_memory(torch.device("cpu"))
+    options = dict(method_options or {})
+    if method == "optmerge":
+        options.setdefault("preset", "lora")
+    check_request(experts, method, options, scaling_coefficient, "tensor")
+    check_possible(method, options)
+    check_output(output_dir, overwrite=overwrite)
+    opened = {n: Factors(open_checkpoint(x, adapter=True)) for n, x in experts.items()}
+    modules = list(dict.fromkeys(module for factors in opened.values() for module in factors))
+    shapes = _common_shapes(opened, modules)
+
+    ranks = {
+        module: min(sum(f.rank(module) for f in opened.values() if module in f), *shapes[module])
+        for module in modules
+    }
+    rank = max(ranks.values())
+
+    def result(module: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Factors of one rank for all modules, as PEFT wants them: the smaller ones padded by 0."""
+        pairs = [factors.get(module) for factors in opened.values()]
+        for name, pair in zip(opened, pairs, strict=True):
+            for factor in pair or ():
+                check_read(module, f"expert {name}", factor)
+        b, a = merge_factors(pairs, method, options, scaling_coefficient, shapes[module])
+        norms = [product_norm(*pair) if pair else 0.0 for pair in pairs]
+        record = {
+            "name": module,
+            "shape": list(shapes[module]),
+            "base_norm": None,
+            "merged_norm": product_norm(b, a) / abs(scaling_coefficient or 1.0),
+            "expert_norms": dict(zip(opened, norms, strict=True)),
+        }
+        missing = rank - ranks[module]
+        return pad(b, (0, missing)).contiguous(), pad(a, (0, 0, 0, missing)).contiguous(), record
+
+    settings = next(iter(opened.values())).settings | {
+        "r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
+        "target_modules": modules, "exclude_modules": None, "layers_to_transform": None,
+        "layers_pattern": None, "inference_mode": True,
+    }  # fmt: skip
+    progress, records = tqdm(modules, desc=f"merging adapters ({method})", unit="module"), []
+    with CheckpointWriter(output_dir, 2**63, overwrite=overwrite, single=ADAPTER_NAME) as writer:
+        for module, (b, a, record) in zip(progress, in_order(result, modules), strict=True):
+            writer.add(f"{PREFIX}{module}.lora_A.weight", a)
+            writer.add(f"{PREFIX}{module}.lora_B.weight", b)
+            records.append(record)
+        writer.write_text(CONFIG_NAME, json.dumps(settings, indent=2) + "\n")
+        base = str(settings.get("base_model_name_or_path") or "not named")
+        report = MergeReport(
+            output_dir=str(output_dir),
+            method=method,
+            method_options=options,
+            scaling_coefficient=scaling_coefficient,
+            trim="tensor",
+            seed=0,
+            device="cpu",
+            dtype=None,
+            model_type=None,
+            base_model={"location": base, "revision": settings.get("revision"), "sha256": {}},
+            experts={
+                name: {
+                    "location": str(location),
+                    "revision": opened[name].weights.revision,
+                    "sha256": opened[name].weights.sha256(),
+                }
+                for name, location in experts.items()
+            },
+            parameters=records,
+            parameters_kept=0,
+            seconds=time.perf_counter() - started,
+            peak_memory_bytes=peak_memory(torch.device("cpu"))[0],
+            peak_device_memory_bytes=None,
+            versions={name: version(name) for name in ("torch", "safetensors")},
+        )
+        writer.write_text("merge_report.json", report.to_json())
+        writer.write_text("README.md", report.adapter_card())
+    return Path(output_dir)
+
+
+def check_possible(method: str, options: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for a method whose result is not an adapter."""
+    reason = IMPOSSIBLE.get(method)
+    if method in ("optmerge", "wudi"):
+        preset = (
+            PRESETS[options.get("preset", "lora")].optimizer if method == "optmerge" else "adam"
+        )
+        if options.get("optimizer", preset) == "adam":
+            reason = f"with Adam {ENTRYWISE}; use optimizer='sgd' or 'ridge'"
+    if reason:
+        raise ValueError(
+            f"{method} {reason}: its result is no adapter; use merge with a base model"
+        )
+
+
+def merge_factors(
+    pairs: list[tuple[Tensor, Tensor] | None],
+    method: str,
+    options: Mapping[str, Any],
+    scaling_coefficient: float,
+    shape: tuple[int, int],
+) -> tuple[Tensor, Tensor]:
+    """One layer: factors (B, A) of every expert (None: not adapted) -> factors of the merged one.
+
+    shape: (outputs, inputs). Returns (outputs, r), (r, inputs) float32, with r the smaller side of
+    the cores; computed in float64.
+    """
+    given = [pair for pair in pairs if pair is not None]
+    Q, R = torch.linalg.qr(torch.cat([b for b, _ in given], dim=1).double())
+    P, T = torch.linalg.qr(torch.cat([a for _, a in given]).double().mT)
+    cores, start = R.new_zeros(len(pairs), len(R), len(T)), 0
+    for core, pair in zip(cores, pairs, strict=True):
+        if pair is not None:
+            end = start + len(pair[1])
+            core.copy_(R[:, start:end] @ T[:, start:end].mT)
+            start = end
+    merged = scaling_coefficient * merge_cores(cores, method, options, shape)
+    if len(R) < len(T):
+        return Q.float(), (merged @ P.mT).float()
+    return (Q @ merged).float(), P.mT.float()
+
+
+def product_norm(b: Tensor, a: Tensor) -> float:
+    """Frobenius norm of B A, of (outputs, r) and (r, inputs), in float64, without making it."""
+    b, a = b.double(), a.double()
+    return ((b.mT @ b) * (a @ a.mT)).sum().clamp(min=0).sqrt().item()
+
+
+def merge_cores(
+    cores: Tensor, method: str, options: Mapping[str, Any], shape: tuple[int, int]
+) -> Tensor:
+    """METHODS[method] of the cores (experts, p, q), with its settings those of the whole `shape`.
+
+    What a method takes from the shape (a share of the rank, a mean over all singular values or all
+    entries) is translated; nothing else depends on it.
+    """
+    options, experts = dict(options), len(cores)
+    small, whole = min(cores.shape[1:]), min(shape)
+    if method == "iso_c":  # the mean runs over all singular values, most of them 0
+        return METHODS[method](cores) * small / whole
+    if method == "tsv":  # it keeps small // experts directions of each: no fewer than there are
+        missing = max(experts * min(whole // experts, small) - small, 0)
+        padded = METHODS[method](pad(cores, (0, missing, 0, missing)))
+        return padded[: cores.shape[1], : cores.shape[2]]
+    if method == "swudi":
+        kept = math.ceil(options.get("rank_ratio", 0.65) * shape[1])
+        options["rank_ratio"] = min(1.0, (kept - 0.5) / cores.shape[2])
+    if method == "optmerge":
+        ratio = options.get("rank_ratio", PRESETS[options["preset"]].rank_ratio)
+        kept = max(whole // experts if ratio is None else int(ratio * whole), 1)
+        options["rank_ratio"] = min(1.0, (kept + 0.5) / small)
+    if options.get("optimizer") == "ridge":  # the penalty is in eigenvalues, averaged over all n
+        shrink = options.get("shrink", PRESETS["lora"].shrink)
+        options["shrink"] = shrink * cores.shape[2] / shape[1]
+    if options.get("learning_rate_unit") == "rms":
+        entries = cores[0].numel() / math.prod(shape)
+        published = PRESETS[options.get("preset", "full")].learning_rate  # wudi's is full's
+        options["learning_rate"] = options.get("learning_rate", published) * entries**0.5
+    return METHODS[method](cores, **options)
+
+
+def _common_shapes(opened: Mapping[str, Factors], modules: list[str]) -> dict[str, tuple[int, int]]:
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, factors in opened.items():
+        for module in factors:
+            shape = shapes.setdefault(module, factors.shape(module))
+            if shape != factors.shape(module):
+                raise CheckpointError(
+                    f"{module}: expert {name} has shape {factors.shape(module)}, another expert "
+                    f"{shape}; adapters of one base model are needed"
+                )
+    return {module: shapes[module] for module in modules}

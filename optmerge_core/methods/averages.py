@@ -1,0 +1,35 @@
+"""Weight averaging (arXiv 2203.05482) and task arithmetic (arXiv 2212.04089)."""
+
+import torch
+from torch import Tensor
+
+from optmerge_core.methods.contract import Weights, merge_method, per_expert
+
+
+@merge_method()
+def weight_average(task_vectors: Tensor, *, weights: Weights = None) -> Tensor:
+    """The mean of the experts: (experts, *shape) -> (*shape), weighted where `weights` are given.
+
+    Wortsman et al., "Model soups" (2022). Raises `ValueError` if the weights add up to 0.
+    """
+    if weights is None:
+        return task_vectors.mean(dim=0)
+    if abs(total := sum(per_expert("weights", weights, len(task_vectors)))) < 1e-8:
+        raise ValueError(f"weights {list(weights)} add up to 0: they have no mean")
+    return _weighted_sum(task_vectors, weights) / total
+
+
+@merge_method()
+def task_arithmetic(task_vectors: Tensor, *, weights: Weights = None) -> Tensor:
+    """The sum of the task vectors, each times its weight if given: (experts, *shape) -> (*shape).
+
+    Ilharco et al., "Editing models with task arithmetic" (2023).
+    """
+    return _weighted_sum(task_vectors, weights)
+
+
+def _weighted_sum(task_vectors: Tensor, weights: Weights) -> Tensor:
+    if weights is None:
+        return task_vectors.sum(dim=0)
+    weights = task_vectors.new_tensor(per_expert("weights", weights, len(task_vectors)))
+    return torch.tensordot(weights, task_vectors, dims=1)

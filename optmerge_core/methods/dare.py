@@ -1,0 +1,83 @@
+"""DARE: drop entries at random and rescale the rest (arXiv 2311.03099)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from optmerge_core.methods.averages import _weighted_sum
+from optmerge_core.methods.contract import Weights, check_share, merge_method, per_expert
+from optmerge_core.methods.ties import ties
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+@merge_method()
+def dare_task_arithmetic(
+    task_vectors: Tensor,
+    *,
+    drop_rate: float | Sequence[float] = 0.2,
+    weights: Weights = None,
+    generator: Generators = None,
+) -> Tensor:
+    """Task arithmetic on task vectors with entries dropped by `dare`."""
+    if task_vectors.is_cuda and weights is None and not isinstance(drop_rate, Sequence):
+        from optmerge_core.methods import kernels
+
+        kept = _draw_kept(task_vectors, drop_rate, generator)
+        return kernels.dare_sum(task_vectors, kept, drop_rate)
+    return _weighted_sum(dare(task_vectors, drop_rate, generator), weights)
+
+
+@merge_method()
+def dare_ties(
+    task_vectors: Tensor,
+    *,
+    drop_rate: float | Sequence[float] = 0.2,
+    density: float | Sequence[float] = 0.2,
+    thresholds: Tensor | None = None,
+    weights: Weights = None,
+    normalize: bool = True,
+    rule: str = "released",
+    generator: Generators = None,
+) -> Tensor:
+    """`ties` on task vectors with entries dropped by `dare`; `thresholds` are those after it."""
+    dropped = dare(task_vectors, drop_rate, generator)
+    options = {"weights": weights, "normalize": normalize, "rule": rule}
+    return ties(dropped, density=density, thresholds=thresholds, **options)
+
+
+def dare(
+    task_vectors: Tensor, drop_rate: float | Sequence[float], generator: Generators = None
+) -> Tensor:
+    """Drop each entry with probability p = drop_rate, rescale the rest by 1 / (1 − p).
+
+    Yu et al., "Language models are super Mario" (2024). (experts, *shape) -> the same shape.
+    A sequence of drop rates holds one per expert. So does one of generators, so that what is drawn
+    for an expert need not depend on its position; a single one (or None, torch's own) draws for all
+    in their order.
+    """
+    dropped = task_vectors * _draw_kept(task_vectors, drop_rate, generator)
+    if not isinstance(drop_rate, Sequence):
+        return dropped / (1 - drop_rate)
+    shares = task_vectors.new_tensor([1 - rate for rate in drop_rate])
+    return dropped / shares.view(-1, *[1] * (task_vectors.ndim - 1))
+
+
+def _draw_kept(
+    task_vectors: Tensor, drop_rate: float | Sequence[float], generator: Generators
+) -> Tensor:
+    """Where `dare` keeps an entry: bool, (experts, *shape), drawn where the generator lives."""
+    rates = per_expert("drop_rate", drop_rate, len(task_vectors))
+    for rate in rates:
+        check_share("drop_rate", rate, zero=True)
+    generators = generator if isinstance(generator, Sequence) else [generator] * len(task_vectors)
+    if len(generators) != len(task_vectors):
+        raise ValueError(f"{len(generators)} generators for {len(task_vectors)} experts")
+
+    def draw(source: torch.Generator | None, rate: float) -> Tensor:
+        place = source.device if source else None
+        return torch.rand(task_vectors.shape[1:], generator=source, device=place) >= rate
+
+    drawn = [draw(*pair) for pair in zip(generators, rates, strict=True)]
+    return torch.stack(drawn).to(task_vectors.device)

@@ -1,0 +1,159 @@
+"""The interference loss of WUDI and OptMerge as a quadratic form, and the descent on it.
+
+    loss(τ) = Σi wi ‖(τ − Ti) Liᵀ‖²F,    wi = 1 / ‖τi‖²F                   (Eq. 1 and Eq. 3)
+
+is quadratic in the merged task vector τ. With C = Σ wi LiᵀLi (n×n) and D = Σ wi Ti LiᵀLi (m×n)
+
+    loss(τ) = ⟨τ C, τ⟩ − 2 ⟨τ, D⟩ + constant,    gradient = 2 (τ C − D),
+
+so a step costs one m×n×n product however many experts there are, and gradient descent with
+momentum, being linear, is a polynomial in the eigenvalues of C. `ridge` stops short
+of the minimum too, in one step instead of many.
+Equations: OptMerge (arXiv 2505.19892).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from optmerge_core.methods.svd import truncated_svd
+
+OnStep = Callable[[int, float, float], None]
+
+
+@dataclass(frozen=True)
+class Interference:
+    """The quadratic form ⟨τ C, τ⟩ − 2 ⟨τ, D⟩ + constant; see the top of this file."""
+
+    L: Tensor  # (rows, n): the √wi Li stacked, so that C = LᵀL
+    D: Tensor  # (m, n)
+    constant: float
+
+    @cached_property
+    def C(self) -> Tensor:
+        return self.L.mT @ self.L
+
+    @property
+    def factored(self) -> bool:
+        """Whether two products with L are cheaper than one with C."""
+        rows, columns = self.L.shape
+        return 2 * rows < columns
+
+    def times_C(self, tau: Tensor) -> Tensor:
+        return tau @ self.L.mT @ self.L if self.factored else tau @ self.C
+
+    def loss(self, tau: Tensor) -> float:
+        return torch.sum(tau * (self.times_C(tau) - 2 * self.D)).item() + self.constant
+
+    def gradient(self, tau: Tensor, out: Tensor | None = None) -> Tensor:
+        """2 (τ C − D), in one pass over the result (m, n)."""
+        left, right = (tau @ self.L.mT, self.L) if self.factored else (tau, self.C)
+        return torch.addmm(self.D, left, right, alpha=2, beta=-2, out=out)
+
+
+def interference(task_vectors: Tensor, targets: Tensor, subspaces: Tensor) -> Interference:
+    """Σi ‖(τ − Ti) Liᵀ‖²F / ‖τi‖²F as a quadratic form in τ.
+
+    task_vectors and targets (experts, m, n), subspaces (experts, any, n). An expert that is zero
+    has the weight 0. (multi_dot puts the brackets in Ti Liᵀ Li where they are cheapest.)
+    """
+    norms = torch.linalg.vector_norm(task_vectors, dim=(1, 2), keepdim=True)
+    L = torch.where(norms > 0, subspaces / norms, 0)
+    TLL = [torch.linalg.multi_dot([Ti, Li.mT, Li]) for Ti, Li in zip(targets, L, strict=True)]
+    constant = sum(torch.sum(Ti * P).item() for Ti, P in zip(targets, TLL, strict=True))
+    return Interference(L.flatten(0, 1), sum(TLL), constant)
+
+
+def adam(
+    form: Interference,
+    start: Tensor,
+    learning_rate: float,
+    steps: int,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Displacement (m, n) after `steps` of torch's Adam, given the gradient instead of deriving it.
+
+    `form` is the loss of the displacement δ = τ − start, which only `on_step`(step, loss, ‖τ‖F)
+    needs to know the start for; the same holds for `sgd`.
+    """
+    delta = torch.zeros_like(start)
+    delta.grad = torch.empty_like(start)
+    optimizer = torch.optim.Adam([delta], lr=learning_rate, fused=True)
+    for step in range(steps + 1):
+        if on_step:
+            on_step(step, form.loss(delta), torch.linalg.norm(start + delta).item())
+        if step < steps:
+            form.gradient(delta, out=delta.grad)
+            optimizer.step()
+    return delta
+
+
+def sgd(
+    form: Interference,
+    start: Tensor,
+    learning_rate: float,
+    momentum: float,
+    steps: int,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Displacement (m, n) after `steps` of gradient descent with momentum, in closed form.
+
+    With C = V Λ Vᵀ the displacement is D V q(Λ) Vᵀ at every step, and the response q follows the
+    same recurrence as the weights, one number per eigenvalue:
+
+        velocity ← momentum · velocity + 2 (Λ q − 1),    q ← q − learning_rate · velocity
+
+    in float64, and with no division by small eigenvalues. A step is a 3×3 matrix for every
+    eigenvalue, acting on (q, velocity, 1), and `steps` of them its power. Where Λ is 0, so is D V.
+    """
+    _, S, Vh = truncated_svd(form.L)
+    eigenvalues = S.double() ** 2
+    DV = form.D @ Vh.mT
+    step_matrix = _step_matrix(eigenvalues, learning_rate, momentum)
+    if on_step:
+        pull = DV.double().square().sum(dim=0)
+        along = ((start @ Vh.mT).double() * DV).sum(dim=0)
+        start_norm = torch.linalg.norm(start.double())
+        state = torch.eye(3).to(step_matrix)[2].expand(len(eigenvalues), 3)
+        for step in range(steps + 1):
+            q = state[:, 0]
+            loss = form.constant + torch.sum(q * (eigenvalues * q - 2) * pull)
+            square = start_norm**2 + torch.sum(q * (2 * along + q * pull))
+            on_step(step, loss.item(), square.clamp(min=0).sqrt().item())
+            state = (step_matrix @ state.unsqueeze(-1)).squeeze(-1)
+    q = torch.linalg.matrix_power(step_matrix, steps)[:, 0, 2]
+    return DV * q.to(DV.dtype) @ Vh
+
+
+def _step_matrix(eigenvalues: Tensor, learning_rate: float, momentum: float) -> Tensor:
+    """One step of gradient descent with momentum on (q, velocity, 1): (r,) -> (r, 3, 3)."""
+    step = torch.zeros(len(eigenvalues), 3, 3).to(eigenvalues)
+    step[:, 1, 0] = 2 * eigenvalues
+    step[:, 1, 1] = momentum
+    step[:, 1, 2] = -2
+    step[:, 0] = -learning_rate * step[:, 1]
+    step[:, 0, 0] += 1
+    step[:, 2, 2] = 1
+    return step
+
+
+def ridge(
+    form: Interference, start: Tensor, shrink: float, on_step: OnStep | None = None
+) -> Tensor:
+    """Displacement (m, n) that minimises loss + μ‖δ‖²F, δ = τ − start: D (C + μI)⁻¹.
+
+    μ = shrink times the mean eigenvalue of C, tr(C) / n, so that the result follows the scale of
+    the task vectors and the number of experts. `on_step` sees step 0, the start, and 1, the result.
+    """
+    _, S, Vh = truncated_svd(form.L)
+    eigenvalues = S.double() ** 2
+    mu = shrink * eigenvalues.sum() / form.L.shape[1]
+    inverse = torch.where(eigenvalues > 0, 1 / (eigenvalues + mu), 0)
+    delta = form.D @ Vh.mT * inverse.to(form.D.dtype) @ Vh
+    if on_step:
+        for step, moved in enumerate((torch.zeros_like(delta), delta)):
+            on_step(step, form.loss(moved), torch.linalg.norm(start + moved).item())
+    return delta

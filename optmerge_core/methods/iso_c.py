@@ -1,0 +1,18 @@
+"""Iso-C: the sum with an even spectrum (arXiv 2502.04959)."""
+
+import torch
+from torch import Tensor
+
+from optmerge_core.methods.contract import merge_method
+from optmerge_core.methods.svd import truncated_svd
+
+
+@merge_method(matrices_only=True)
+def iso_c(task_vectors: Tensor) -> Tensor:
+    """The sum of the task vectors with an even spectrum: (experts, m, n) -> (m, n).
+
+    Marczak et al., "No task left behind: isotropic model merging" (2025): every singular value
+    is replaced by the mean of all min(m, n). A direction the sum does not have stays 0.
+    """
+    U, S, Vh = truncated_svd(task_vectors.sum(dim=0, dtype=torch.float64))
+    return (S.mean() * U @ Vh).to(task_vectors.dtype)

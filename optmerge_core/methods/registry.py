@@ -1,0 +1,90 @@
+"""Merge methods: pure functions from a stack of task vectors to one merged task vector.
+
+A method takes (experts, *shape) and returns (*shape) in the same dtype, on the same device. It
+knows nothing of names, files or models, and scaling the result is not its business:
+merged model = base model + scaling coefficient · merged task vector.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optmerge_core.methods.averages import task_arithmetic, weight_average
+from optmerge_core.methods.blocks import Blocks
+from optmerge_core.methods.contract import check_option_names
+from optmerge_core.methods.dare import dare_task_arithmetic, dare_ties
+from optmerge_core.methods.iso_c import iso_c
+from optmerge_core.methods.optmerge import optmerge, wudi
+from optmerge_core.methods.swudi import aswudi, swudi
+from optmerge_core.methods.ties import _ties_blocks, ties, trim_thresholds
+from optmerge_core.methods.tsv import tsv
+
+
+def merges_in_blocks(method: str, options: Mapping[str, Any], trim: str = "tensor") -> bool:
+    """Whether `merge_blocks` can do what `METHODS[method]` does with these options."""
+    if method == "ties":
+        return options.get("rule") != "mergekit" or trim == "model"
+    return method in ("weight_average", "task_arithmetic")
+
+
+def merge_blocks(
+    method: str, blocks: Blocks, *, density: Any = 0.2, thresholds: Any = None, **options: Any
+) -> Iterator[tuple[Any, Tensor | None, Tensor]]:
+    """(entries, block, merged entries), the values of `METHODS[method]`, block by block.
+
+    Some entries may come once more at the end, without their block. For what `merges_in_blocks`,
+    with checked options.
+    """
+    if method == "ties":
+        thresholds = trim_thresholds(blocks, density) if thresholds is None else thresholds
+        return _ties_blocks(blocks, thresholds, **options)
+    return (
+        (blocks.place(number), block, METHODS[method](block, **options))
+        for number, block in enumerate(blocks)
+    )
+
+
+class _Methods(dict):
+    """The methods by name; asking for one that isn't there is a ValueError naming all."""
+
+    def __missing__(self, name: str) -> Callable:
+        raise ValueError(f"there is no merge method {name!r}; methods are {', '.join(self)}")
+
+
+METHODS: Mapping[str, Callable[..., Tensor]] = _Methods(
+    (method.__name__, method)
+    for method in (
+        weight_average,
+        task_arithmetic,
+        ties,
+        dare_task_arithmetic,
+        dare_ties,
+        tsv,
+        iso_c,
+        wudi,
+        optmerge,
+        swudi,
+        aswudi,
+    )
+)
+
+
+def check_options(method_name: str, options: Mapping[str, Any], experts: int | None = None) -> None:
+    """Raise now, before any long work, the ValueError these options would raise in a merge.
+
+    Names are compared with the method's own, values tried on 1×1 matrices of zeros, as many as
+    there are values in a list with one for each expert; with `experts`, it must have that length.
+    Of many steps, one is tried.
+    `thresholds` and `generator`, which depend on the task vectors, are seen by name only.
+    """
+    method = METHODS[method_name]
+    check_option_names(method, options)
+    later = ("generator", "thresholds", "on_step")
+    tried = {k: v for k, v in options.items() if k not in later}
+    if isinstance(tried.get("steps"), int):
+        tried["steps"] = min(tried["steps"], 1)
+    lengths = [len(value) for value in tried.values() if isinstance(value, list | tuple)]
+    count = (experts or max(*lengths, 1)) if lengths else 1
+    method(torch.zeros(count, 1, 1), **tried)

@@ -1,0 +1,34 @@
+"""Task singular vectors, decorrelated (arXiv 2412.00081)."""
+
+import torch
+from torch import Tensor
+
+from optmerge_core.methods.contract import merge_method
+from optmerge_core.methods.svd import truncated_svd
+
+
+@merge_method(matrices_only=True)
+def tsv(task_vectors: Tensor) -> Tensor:
+    """Task singular vectors, decorrelated: (experts, m, n) -> (m, n).
+
+    Gargiulo et al., "Task singular vectors" (2025).
+    1. Truncate each task vector to rank k = min(m, n) // experts, at least 1.
+    2. Concatenate: U (m, experts·k), S, V (n, experts·k).
+    3. Replace U and V by the nearest matrices with orthonormal columns, and multiply back.
+    """
+    experts, rows, columns = task_vectors.shape
+    # In float64, as step 3 tells dependent directions from independent ones.
+    U, S, Vh = truncated_svd(task_vectors.double(), max(min(rows, columns) // experts, 1))
+    U = nearest_orthonormal(torch.cat(U.unbind(), dim=1))
+    V = nearest_orthonormal(Vh.flatten(0, 1).mT)
+    return (U * S.flatten() @ V.mT).to(task_vectors.dtype)
+
+
+def nearest_orthonormal(matrix: Tensor) -> Tensor:
+    """P Qᵀ for matrix = P Σ Qᵀ (orthogonal Procrustes): (m, n) -> (m, n).
+
+    Its columns (rows, if there are fewer) are orthonormal; directions the matrix does not have,
+    which the problem leaves open, stay 0.
+    """
+    P, _, Qh = truncated_svd(matrix)
+    return P @ Qh

@@ -1,0 +1,1 @@
+"""One recipe, and what is done with it."""

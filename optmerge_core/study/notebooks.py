@@ -1,0 +1,257 @@
+"""The notebooks in order, for one recipe or several.
+
+What has finished is not run again: a run that stopped goes on where it stopped. Figures and tables
+go to one folder, the executed notebooks to another; the notebooks themselves are never changed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+
+from optmerge_core.study.index_page import write_contents, write_index
+from optmerge_core.study.recipe import load_recipe
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+class NotebookError(RuntimeError):
+    """A notebook failed; the message names notebook, cell, error and the copy to read."""
+
+
+def run(
+    recipe_paths: str | Path | Sequence[str | Path],
+    output_dir: str | Path | None = None,
+    device: str = "auto",
+    notebooks_dir: str | Path | None = None,
+) -> list[Path]:
+    """Execute the numbered notebooks on one or several recipes; returns the executed copies.
+
+    With `output_dir`, a recipe's figures and tables go to `output_dir/figures` and the executed
+    copies to `output_dir/notebooks` (of several recipes, to these in `output_dir/<name>`). Without
+    it they go to `figures/<name>` and `runs/<name>/notebooks` of the checkout, `name` being the
+    recipe's. Each notebook is given `recipe`, `output_dir` (the folder of the figures) and
+    `device`, the paths relative to the notebooks' folder, in which it runs as it does in
+    JupyterLab. A notebook runs on recipes that merge what the recipe it names itself merges,
+    capabilities or modalities. One whose parameters are `recipes` and `figure_dirs` compares: it
+    runs once, after all others, on several recipes that merge capabilities, as if on one named
+    `comparison`.
+
+    Beside each study's executed copies lies `index.html`, which shows its notebooks, figures and
+    tables; it is written anew after every notebook. Of several recipes in `output_dir`, one more
+    leads to those.
+
+    A notebook is skipped if its copy was made with the same parameters and is newer than the
+    recipe, the notebook and every copy before it, since notebooks hand over through files.
+    Raises `NotebookError` if one fails, `ValueError` if there is nothing to run.
+    """
+    if isinstance(recipe_paths, str | Path):
+        recipe_paths = [recipe_paths]
+    studies: dict[str, Path] = {}
+    merges: dict[str, str] = {}
+    for path in map(Path, recipe_paths):
+        recipe = load_recipe(path)
+        name = recipe.name
+        if name in studies:
+            raise ValueError(f"{path}: the name {name!r} is {studies[name].name}'s too; rename one")
+        if recipe.merges == "capabilities" and recipe.evaluation.data is None:
+            raise ValueError(
+                f"{path}: the notebooks ask questions: add evaluation: {{data: FOLDER}}, with "
+                "data/benchmark/questions or your own as in README.md; `inspect`, `merge` and "
+                "`run --sweep` need none"
+            )
+        studies[name], merges[name] = path.resolve(), recipe.merges
+    folder = Path(notebooks_dir or CHECKOUT / "notebooks").resolve()
+    notebooks = sorted(folder.glob("[0-9]*.ipynb"))
+    if not notebooks:
+        raise ValueError(
+            f"{_shown(folder)}: no numbered notebook; `run` needs a checkout of the repository "
+            "installed with `make setup`, not the package alone"
+        )
+    comparing = [notebook for notebook in notebooks if _parameter(notebook, "recipes")]
+    takes = {notebook: _merges(notebook) for notebook in notebooks if notebook not in comparing}
+    several = len(studies) > 1
+
+    def folders(name: str) -> tuple[Path, Path]:
+        if output_dir is None:
+            return folder.parent / "figures" / name, folder.parent / "runs" / name / "notebooks"
+        out = Path(output_dir).resolve() / (name if several else "")
+        return out / "figures", out / "notebooks"
+
+    executed: list[Path] = []
+    pages: dict[str, Path] = {}
+    compared: list[str] = []
+    compared_copies: list[Path] = []
+
+    def list_page(name: str) -> None:
+        pages[name] = folders(name)[1].parent / "index.html"
+        if output_dir is not None and several:
+            write_contents(Path(output_dir).resolve() / "index.html", "Studies", pages)
+
+    for name, path in studies.items():
+        figures, copies = folders(name)
+        given = {"recipe": _relative(path, folder), "device": device}
+        alone = [notebook for notebook, kind in takes.items() if kind == merges[name]]
+        if not alone:
+            raise ValueError(f"{path.name}: no notebook in {_shown(folder)} merges {merges[name]}")
+        list_page(name)
+        executed += (done := _run_all(name, alone, given, figures, copies, [path]))
+        if merges[name] == "capabilities":
+            compared.append(name)
+            compared_copies += done
+    if len(compared) > 1 and comparing:
+        list_page("comparison")
+        given = {
+            "recipes": [_relative(studies[name], folder) for name in compared],
+            "figure_dirs": [_relative(folders(name)[0], folder) for name in compared],
+            "device": device,
+        }
+        recipes = [studies[name] for name in compared]
+        executed += _run_all(
+            "comparison", comparing, given, *folders("comparison"), recipes, compared_copies
+        )
+    return executed
+
+
+def _run_all(
+    title: str,
+    notebooks: list[Path],
+    parameters: dict[str, Any],
+    figures: Path,
+    copies: Path,
+    recipes: list[Path],
+    inputs: list[Path] = (),
+) -> list[Path]:
+    """Run the notebooks in order, one table of seconds and one page.
+
+    A recipe or another input that is newer makes a copy out of date.
+    """
+    figures.mkdir(parents=True, exist_ok=True)
+    copies.mkdir(parents=True, exist_ok=True)
+    parameters = parameters | {"output_dir": _relative(figures, notebooks[0].parent)}
+    table = Table("notebook", title=title)
+    table.add_column("seconds", justify="right")
+    executed = []
+    newest_input = max(path.stat().st_mtime for path in (*recipes, *inputs))
+
+    def page() -> Path:
+        names = [notebook.name for notebook in notebooks]
+        return write_index(copies.parent / "index.html", title, names, copies, figures, recipes)
+
+    page()
+    merged = copies.parent / "merged"
+    for notebook in tqdm(notebooks, desc=title, unit="notebook"):
+        copy, given = copies / notebook.name, dict(parameters)
+        if _parameter(notebook, "merged_dir"):
+            given["merged_dir"] = _relative(merged, notebook.parent)
+        newest_input = max(newest_input, notebook.stat().st_mtime)
+        if _finished(copy, newest_input, given):
+            table.add_row(notebook.name, "done before")
+        else:
+            start = time.perf_counter()
+            try:
+                _execute(notebook, copy, given)
+            finally:
+                page()
+            table.add_row(notebook.name, f"{time.perf_counter() - start:.1f}")
+        newest_input = max(newest_input, copy.stat().st_mtime)
+        executed.append(copy)
+
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(table)
+    console.print(f"figures and tables:  {_shown(figures)}")
+    console.print(f"executed notebooks:  {_shown(copies)}")
+    if merged.is_dir():
+        console.print(f"merged models:       {_shown(merged)}")
+    console.print(f"all of it, to read:  {_shown(page())}")
+    return executed
+
+
+def _parameter(notebook: Path, name: str) -> str | None:
+    """The source of a parameter's default, None if the notebook has no such parameter."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    found = re.search(rf"^{name}\s*=\s*([^#\n]*)", "\n".join(tagged), re.MULTILINE)
+    return found and found[1].strip()
+
+
+def _merges(notebook: Path) -> str:
+    """What the notebook's own recipe merges, "capabilities" where it names none that is there."""
+    own = notebook.parent / (_parameter(notebook, "recipe") or "").strip("'\"")
+    return load_recipe(own).merges if own.is_file() else "capabilities"
+
+
+def _execute(notebook: Path, copy: Path, parameters: dict[str, Any]) -> None:
+    """Run one notebook; `copy` exists afterwards only if every cell has run without an error."""
+    import papermill  # takes a second, and only this command needs it
+    from traitlets.config import Config
+
+    partial = copy.with_suffix(".partial.ipynb")
+    failed = copy.with_suffix(".failed.ipynb")
+    for old in (copy, failed):
+        old.unlink(missing_ok=True)
+    try:
+        papermill.execute_notebook(
+            notebook,
+            partial,
+            parameters,
+            kernel_name="python3",
+            language="python",
+            progress_bar={"desc": notebook.stem, "leave": False},
+            cwd=notebook.parent,
+            # Other users of the machine cannot listen, and no kernel warns that they could.
+            config=Config(KernelManager={"transport_encryption": "auto"}),
+        )
+        partial.replace(copy)
+    except Exception as error:
+        # A cell's own error, but also a kernel that died or did not start.
+        if not partial.exists():
+            raise NotebookError(f"{notebook.name} could not be started: {error}") from error
+        partial.replace(failed)
+        name = getattr(error, "ename", type(error).__name__)
+        text = " ".join(str(getattr(error, "evalue", error)).split())
+        raise NotebookError(
+            f"{notebook.name}, {_last_cell(failed)}: {name}: {text} "
+            f"(the notebook up to there: {_shown(failed)})"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _finished(copy: Path, newest_input: float, parameters: dict[str, Any]) -> bool:
+    if not copy.exists() or copy.stat().st_mtime < newest_input:
+        return False
+    metadata = nbformat.read(copy, as_version=4).metadata.get("papermill", {})
+    return metadata.get("parameters") == parameters and metadata.get("exception") is None
+
+
+def _last_cell(copy: Path) -> str:
+    """The last code cell that was started, by its number and its first line."""
+    cells = [
+        cell
+        for cell in nbformat.read(copy, as_version=4).cells
+        if cell.cell_type == "code" and cell.metadata.get("papermill", {}).get("start_time")
+    ]
+    if not cells:
+        return "before its first cell"
+    lines = re.sub(r"^\s*(#.*)?\n", "", cells[-1].source, flags=re.MULTILINE).splitlines()
+    return f"cell {len(cells)} ({lines[0].strip() if lines else 'empty'})"
+
+
+def _relative(path: Path, start: Path) -> str:
+    """Relative, so that an executed copy tells nothing of the computer it was made on."""
+    return Path(os.path.relpath(path, start)).as_posix()
+
+
+def _shown(path: Path) -> str:
+    """Relative to the working directory if the path is inside it."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

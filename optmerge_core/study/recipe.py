@@ -1,0 +1,264 @@
+"""One YAML file describes one study: base model, experts, method, evaluation.
+
+The keys are mergekit's where it has them, so that a mergekit file of a method both have is a
+recipe. What is not understood is an error, never skipped.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from optmerge_core.checkpoints.formats import HUB_ID, URL
+from optmerge_core.merging.checks import check_method
+from optmerge_core.merging.families import FAMILIES
+from optmerge_core.study import mergekit
+
+REMOTE = re.compile(rf"{HUB_ID.pattern}|{URL.pattern}", re.IGNORECASE)
+"""A location that is not a folder: a hub id, with or without its revision, or a web address."""
+
+
+MAX_NODES = 100_000
+"""Values that a recipe may have; a few aliases of aliases can stand for billions."""
+
+
+class RecipeError(ValueError):
+    """A recipe cannot be used; the message names the file, the key and what is valid."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("parameters", "method_options", mode="before", check_fields=False)
+    @classmethod
+    def _scientific(cls, value: Any) -> Any:
+        """YAML 1.1 reads 1e-5 as a text, since it has no dot."""
+        if isinstance(value, dict):
+            return {key: cls._scientific(item) for key, item in value.items()}
+        if isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value, re.IGNORECASE):
+            return float(value)
+        return value
+
+
+class Expert(_Strict):
+    """One entry of `models`: where the expert is, and what it is called (default: its folder)."""
+
+    model: str
+    name: str = ""
+    parameters: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_name(cls, entry: Any) -> Any:
+        if isinstance(entry, dict) and isinstance(entry.get("model"), str):
+            return {"name": Path(entry["model"].partition("@")[0]).name} | entry
+        return entry
+
+
+class Evaluation(_Strict):
+    """What the notebooks evaluate: data, further models (label -> location), sizes.
+
+    contrast: another recipe, of stronger experts for the same tasks, to compare with.
+    """
+
+    data: str | None = None
+    contrast: str | None = None
+    references: dict[str, str] = {}
+    validation_samples: Annotated[int, Field(gt=0)] = 300
+    test_samples: Annotated[int, Field(gt=0)] = 1500
+
+
+class Recipe(_Strict):
+    """A study. `load_recipe` reads one and resolves its locations."""
+
+    merge_method: str = "optmerge"
+    base_model: str
+    models: Annotated[list[Expert], Field(min_length=1)]
+    parameters: dict[str, Any] = {}
+    dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = None
+    name: str = ""
+    family: Literal[*FAMILIES] | None = None
+    merges: Literal["capabilities", "modalities"] = "capabilities"
+    fine_tuning: Literal["full", "lora"] = "full"  # which of the paper's items its figures match
+    scaling_coefficients: Annotated[list[float], Field(min_length=1)] = [0.1, 0.3, 0.5, 0.7, 1, 1.5]
+    seed: int = 0
+    trim: Literal["tensor", "model"] = "tensor"
+    scope: Literal["linear", "all"] = (
+        "linear"  # the language model's linear layers, or all there is
+    )
+    trust_remote_code: bool = False  # run the Python files in a checkpoint to load its model
+    evaluation: Evaluation = Evaluation()
+    method_options: dict[str, dict[str, Any]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _translated(cls, content: Any) -> Any:
+        return mergekit.translate(content) if isinstance(content, dict) else content
+
+    @field_validator("name")
+    @classmethod
+    def _folder_name(cls, name: str) -> str:
+        if not name.isprintable() or not re.fullmatch(r"(?!\.)[^/\\]+", name):
+            raise ValueError(f"{name!r} is to be a folder's name: no dot in front, no / or \\")
+        return name
+
+    @field_validator("merge_method")
+    @classmethod
+    def _our_name(cls, method: str) -> str:
+        return mergekit.NAMES.get(method, method)
+
+    @model_validator(mode="after")
+    def _understood(self) -> Recipe:
+        names = [expert.name for expert in self._experts()]
+        if not names:
+            raise ValueError("models: only the base model is listed; add an expert")
+        if len(set(names)) < len(names):
+            raise ValueError(f"models: names are not unique ({', '.join(names)}); give each a name")
+        for method in (self.merge_method, *self.method_options):
+            try:
+                check_method(method, self.options(method), len(names))
+            except ValueError as error:
+                beside = "; the scaling coefficient is lambda" * ("has no option" in str(error))
+                raise ValueError(f"{error}{beside}") from error
+        mergekit.number("lambda", self.scaling_coefficient)
+        return self
+
+    @property
+    def experts(self) -> dict[str, str]:
+        """Expert name -> location.
+
+        A base model among `models` is left out, as mergekit does for all methods but linear; there
+        it counts if it has a weight, be it that of all models in `parameters`.
+        """
+        return {expert.name: expert.model for expert in self._experts()}
+
+    @property
+    def scaling_coefficient(self) -> float:
+        """mergekit's `lambda`; 1 where the recipe does not say."""
+        return self.parameters.get("lambda", 1.0)
+
+    def options(self, method: str | None = None) -> dict[str, Any]:
+        """Options of a method (default: the recipe's), from `parameters` and `method_options`.
+
+        `parameters`, and what stands beside the models, belong to the recipe's own method;
+        `mergekit` says what they mean.
+        """
+        method = mergekit.NAMES.get(method, method) or self.merge_method
+        options = dict(self.method_options.get(method, {}))
+        if method == self.merge_method:
+            beside = [expert.parameters for expert in self._experts()]
+            options |= mergekit.method_options(method, self.parameters, beside)
+        return options
+
+    def _experts(self) -> list[Expert]:
+        if self.merge_method != "weight_average":
+            return [entry for entry in self.models if entry.model != self.base_model]
+        listed = any(entry.model == self.base_model for entry in self.models)
+        counts = "weight" in self.parameters and not listed  # for one weight of all there are
+        return self.models + [Expert(model=self.base_model, name="base_model")] * counts
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a recipe. A location is relative to the recipe's folder if that exists there, else to
+    the working directory, else a hub id (owner/name, or owner/name@revision) or a web address,
+    which has to be streamed. Raises `RecipeError` naming recipe, key and remedy.
+    """
+    path = Path(path)
+    try:
+        content = _parse(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(
+            f"{path}: cannot be read ({error.strerror}); a recipe is a YAML file"
+        ) from error
+    except Exception as error:  # of any type: PyYAML stumbles over its own tags in many ways
+        raise RecipeError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping with the keys {_keys(Recipe)}")
+    content.setdefault("name", path.stem)
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        problems = [_explain(problem) for problem in error.errors()]
+        raise RecipeError(f"{path}: " + "; ".join(problems)) from error
+
+    def locate(key: str, location: str) -> str:
+        with suppress(OSError, RuntimeError):  # too long for a path; "~" of an unknown user
+            for candidate in (path.parent / Path(location).expanduser(), Path(location)):
+                if candidate.exists():
+                    return os.path.relpath(candidate.resolve())
+        if REMOTE.fullmatch(location):
+            return location
+        adapter = ", nor base_model+adapter" if "+" in location else ""
+        raise RecipeError(
+            f"{path}: {key}: {location!r} is neither a folder beside the recipe, nor one in the "
+            f"working directory, nor a hub id (owner/name or owner/name@revision){adapter}"
+        )
+
+    evaluation = recipe.evaluation
+    references = {
+        label: locate(f"evaluation.references.{label}", location)
+        for label, location in evaluation.references.items()
+    }
+    data = evaluation.data and locate("evaluation.data", evaluation.data)
+    contrast = evaluation.contrast and locate("evaluation.contrast", evaluation.contrast)
+    models = [
+        expert.model_copy(update={"model": locate(f"models.{number}.model", expert.model)})
+        for number, expert in enumerate(recipe.models)
+    ]
+    return recipe.model_copy(
+        update={
+            "base_model": locate("base_model", recipe.base_model),
+            "models": models,
+            "evaluation": evaluation.model_copy(
+                update={"references": references, "data": data, "contrast": contrast}
+            ),
+        }
+    )
+
+
+def _parse(text: str) -> Any:
+    """What `yaml.safe_load` gives. Raises `ValueError` for aliases that grow out of bounds."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _size(node, {}) > MAX_NODES:
+            raise ValueError(f"with its aliases written out it has more than {MAX_NODES} values")
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _size(node: yaml.Node, sizes: dict[yaml.Node, int]) -> int:
+    """Values that a node stands for, those behind aliases counted each time."""
+    if node not in sizes:
+        sizes[node] = MAX_NODES + 1  # what a node that contains itself sees
+        children = node.value if isinstance(node, yaml.CollectionNode) else ()
+        if isinstance(node, yaml.MappingNode):
+            children = [part for pair in node.value for part in pair]
+        sizes[node] = 1 + sum(_size(child, sizes) for child in children)
+    return sizes[node]
+
+
+def _explain(problem: dict[str, Any]) -> str:
+    """One pydantic error as `key: what is wrong`, with the valid keys where a key is unknown."""
+    key = ".".join(str(part) for part in problem["loc"])
+    text = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "string_type":
+        text = f"{text}, found {problem['input']!r}; put it in quotes, numbers with a decimal point"
+    if problem["type"] == "extra_forbidden":
+        inside = {"models": Expert, "evaluation": Evaluation}
+        model = inside[problem["loc"][0]] if len(problem["loc"]) > 1 else Recipe
+        text = f"unknown key; valid are {_keys(model)}"
+    return f"{key}: {text}" if key else text
+
+
+def _keys(model: type[BaseModel]) -> str:
+    return ", ".join(model.model_fields)

@@ -1,0 +1,320 @@
+"""Will it merge? What can be measured of experts before a merge, in one streaming pass.
+
+`diagnose` reads one parameter of all experts at a time. `findings.py` says what the numbers mean.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from optmerge_core.checkpoints.formats import dtype_name
+from optmerge_core.checkpoints.names import layer_index, module_kind
+from optmerge_core.methods.svd import truncated_svd
+from optmerge_core.runtime import in_order
+from optmerge_core.task_vectors import spectra
+from optmerge_core.task_vectors.findings import Diagnosis, find
+from optmerge_core.task_vectors.stack import TaskVectors, derive_seed
+
+BLOCK = 1 << 16  # entries at a time: fits a core's cache, and float32 sums of it keep six digits
+ROUNDING_SAMPLE = 1 << 16  # entries of a parameter whose unit in the last place is looked at
+# Floating-point operations to spend on spectra: about 500 seconds of one core. It is enough for all
+# layers of a 1B model with five experts; one layer of a 7B model takes three times that.
+SPECTRA_BUDGET = 1e13
+OUTSIDE = re.compile(r"^vit|vision|visual|audio|speech|projector|connector|merger|mlp1|embed")
+SUMS = ["base2", "norm2", "dot", "zeros", "stored", "noise2"]
+RANKS = ["full_rank", "rank", "entropy_rank", "stable_rank"]
+
+
+def diagnose(
+    base: Mapping[str, Tensor],
+    experts: Mapping[str, Mapping[str, Tensor]],
+    names: Iterable[str],
+    *,
+    method: str = "optmerge",
+    options: Mapping[str, Any] | None = None,
+    scaling_coefficient: float = 1.0,
+    budget: float = SPECTRA_BUDGET,
+) -> Diagnosis:
+    """Measure the experts (name -> `Checkpoint`, `Adapter` or state dict) of a base model.
+
+    `names` are the parameters that merge. Norms, cosines, signs and rounding are of all of them,
+    ranks and subspaces of as many evenly spaced layers as `budget` operations allow, at least one.
+    Everything else is compared by value. The findings are for a merge by `method` with `options`
+    and `scaling_coefficient`. Raises `ValueError` as `TaskVectors` does.
+    """
+    names = list(names)
+    shapes = {name: _shape(base, name) for name in names}
+    sampled = _sample_layers(shapes, len(experts), budget)
+    stored = {expert: _stored(tensors, names[0]) for expert, tensors in experts.items()}
+    task_vectors = TaskVectors(base, experts, names)
+
+    def measure(name: str) -> dict[str, Any]:
+        tensor = base[name]  # read once, also where it comes over a network
+        stack = task_vectors.stack(name, tensor)
+        measured = _entries(stack, tensor) | {
+            "rounding": [
+                _rounding(name, tensor, task_vector, dtype)
+                for task_vector, dtype in zip(stack, stored.values(), strict=True)
+            ]
+        }
+        if stack.ndim == 3 and layer_index(name) in sampled:
+            measured |= _spectra(stack, measured["rounding"])
+        return measured
+
+    def memory(name: str) -> int:
+        return (4 * len(experts) + 40) * math.prod(shapes[name])
+
+    results = in_order(measure, names, memory=memory)
+    progress = tqdm(names, desc="measuring", unit="parameter", leave=False)
+    measured = dict(zip(progress, results, strict=True))
+    tables = _tables(measured, stored, _compare_outside(base, experts, set(names)), sampled)
+    return replace(tables, findings=find(tables, method, options, scaling_coefficient))
+
+
+def _sample_layers(shapes: Mapping[str, tuple[int, ...]], experts: int, budget: float) -> list[int]:
+    """Evenly spaced layers whose Gram matrices and eigenvectors cost at most `budget` together."""
+    costs: dict[int, float] = {}
+    for name, shape in shapes.items():
+        layer = layer_index(name)
+        if len(shape) == 2 and layer is not None:
+            small, large = sorted(shape)
+            cost = experts * (4 * small**2 * large + 10 * small**3)
+            costs[layer] = costs.get(layer, 0) + cost
+    if not costs:
+        return []
+    count = min(len(costs), max(1, int(budget / max(costs.values()))))
+    places = (np.arange(count) + 0.5) * len(costs) / count
+    return [sorted(costs)[int(place)] for place in places]
+
+
+def _entries(stack: Tensor, base: Tensor) -> dict[str, Any]:
+    """Sums over all entries, block by block: (experts, *shape), (*shape) -> see below.
+
+    gram (experts + 1)²: inner products of task vectors and, last, base; unchanged (experts,):
+    entries that are 0; both, differ (experts, experts): entries nonzero in both, of opposite sign.
+    """
+    count = len(stack)
+    gram = torch.zeros(count + 1, count + 1, dtype=torch.float64)
+    both, agree = torch.zeros(2, count, count, dtype=torch.float64)
+    rows = zip(stack.flatten(1).split(BLOCK, 1), base.flatten().split(BLOCK), strict=True)
+    for task_vectors, weights in rows:
+        block = torch.cat([task_vectors, weights.float()[None]])
+        gram += block @ block.mT
+        signs = task_vectors.sign()  # sums of at most 2^16 ones are exact in float32
+        agree += signs @ signs.mT
+        both += signs.abs() @ signs.abs().mT
+    return {
+        "size": base.numel(),
+        "gram": gram,
+        "unchanged": base.numel() - both.diagonal(),
+        "both": both,
+        "differ": (both - agree) / 2,
+    }
+
+
+def _rounding(name: str, base: Tensor, task_vector: Tensor, dtype: torch.dtype | None) -> float:
+    """Expected ‖rounding noise‖² of one task vector; NaN for an adapter, which is not rounded.
+
+    Of the expert's own rounding: it was trained from the stored base. From a sample of entries.
+    """
+    if dtype is None:
+        return math.nan
+    if not task_vector.any():
+        return 0.0
+    weights, change = base.flatten(), task_vector.flatten()
+    if len(weights) > ROUNDING_SAMPLE:
+        generator = torch.Generator().manual_seed(derive_seed(0, name))
+        drawn = torch.randint(len(weights), (ROUNDING_SAMPLE,), generator=generator)
+        weights, change = weights[drawn], change[drawn]
+    exact = weights.double()
+    deviation = spectra.rounding_noise(exact, (exact + change).to(dtype))
+    return deviation.square().mean().item() * base.numel()
+
+
+def _spectra(stack: Tensor, rounding: list[float]) -> dict[str, Any]:
+    """Ranks of every expert's task vector and the input directions that two experts share."""
+    rows, columns = stack.shape[1:]
+    ranks, bases, count = [], [], max(1, min(rows, columns) // len(stack))
+    for task_vector, noise in zip(stack, rounding, strict=True):
+        _, values, directions = truncated_svd(task_vector)
+        deviation = math.sqrt(np.nan_to_num(noise) / (rows * columns))
+        floor = spectra.gavish_donoho_threshold(rows, columns, noise=deviation)
+        rank = int((values > max(floor, 1e-5 * values[0].item())).sum())
+        ranks.append(
+            {
+                "full_rank": len(values),
+                "rank": rank,
+                "entropy_rank": spectra.entropy_rank(values).item(),
+                "stable_rank": spectra.stable_rank(values).item(),
+            }
+        )
+        bases.append(directions[:count])
+    count = min([count, *(r["rank"] for r in ranks if r["rank"])])
+    shared = spectra.basis_overlap(torch.stack([basis[:count] for basis in bases]))
+    return {"ranks": ranks, "shared": shared.double(), "chance": count / columns}
+
+
+def _compare_outside(
+    base: Mapping[str, Tensor], experts: Mapping[str, Mapping[str, Tensor]], merging: set[str]
+) -> list[dict[str, Any]]:
+    """A row per expert and parameter outside the merge: did the expert change it, and how far?
+
+    What an expert does not store (a tied lm_head, say) it did not change.
+    """
+    # An adapter has all of the base's parameters, and says which it adapts.
+    owned = {expert: getattr(tensors, "modules", tensors) for expert, tensors in experts.items()}
+    outside = {name: None for has in owned.values() for name in has if name not in merging}
+
+    def compare(name: str) -> list[dict[str, Any]]:
+        ours, rows = base.get(name), []
+        for expert in (expert for expert, has in owned.items() if name in has):
+            theirs, norm2, base2 = experts[expert][name], math.nan, math.nan
+            if ours is not None and ours.shape == theirs.shape:
+                norm2, base2 = _squares(ours, theirs)
+            row = {"expert": expert, "module": module_of(name), "changed": norm2 != 0}
+            rows.append(row | {"norm2": norm2, "base2": base2})
+        return rows
+
+    progress = tqdm(outside, desc="comparing the rest", unit="parameter", leave=False)
+    return [row for rows in in_order(compare, progress) for row in rows]
+
+
+def _squares(base: Tensor, expert: Tensor) -> tuple[float, float]:
+    """‖expert − base‖² and ‖base‖², block by block."""
+    norm2 = base2 = 0.0
+    for x, y in zip(base.flatten().split(BLOCK), expert.flatten().split(BLOCK), strict=True):
+        norm2 += (y.double() - x.double()).square().sum().item()
+        base2 += x.double().square().sum().item()
+    return norm2, base2
+
+
+def module_of(name: str) -> str:
+    """The module that a parameter outside the merge belongs to, for a short table.
+
+    A tower's or connector's own name, embed_tokens, lm_head; norms and biases of the language model
+    by these words.
+    """
+    parts = name.split(".")
+    owner = next((part for part in parts if OUTSIDE.search(part)), None)
+    if owner is None and "norm" in "".join(parts[-2:]):
+        owner = "norms"
+    return owner or ("biases" if parts[-1] == "bias" else module_kind(name))
+
+
+def _tables(
+    measured: Mapping[str, dict[str, Any]],
+    stored: Mapping[str, torch.dtype | None],
+    compared: list[dict[str, Any]],
+    sampled: list[int],
+) -> Diagnosis:
+    """From sums per parameter to the tables of a `Diagnosis`."""
+    experts = list(stored)
+    rows = []
+    for name, m in measured.items():
+        for number, expert in enumerate(experts):
+            norm2 = m["gram"][number, number].item()
+            counted = norm2 > 0 and stored[expert] is not None
+            row = {
+                "parameter": name,
+                "layer": layer_index(name),
+                "kind": module_kind(name),
+                "expert": expert,
+                "size": m["size"],
+                "base2": m["gram"][-1, -1].item(),
+                "norm2": norm2,
+                "dot": m["gram"][number, -1].item(),
+                "zeros": m["unchanged"][number].item() if counted else math.nan,
+                "stored": m["size"] if counted else math.nan,
+                "noise2": m["rounding"][number],
+            }
+            rows.append(row | (m["ranks"][number] if "ranks" in m else dict.fromkeys(RANKS)))
+    sums = pd.DataFrame(rows).astype(dict.fromkeys(RANKS, float))
+    parameters = sums[["parameter", "layer", "kind", "expert", "size"]].join(
+        [_quotients(sums), sums[RANKS]]
+    )
+    by_layer = sums.dropna(subset="layer").groupby(["layer", "expert"])[["norm2", "base2"]].sum()
+    layers = _quotient(by_layer["norm2"], by_layer["base2"], 0.5).unstack().reindex(columns=experts)
+    layers.index = layers.index.astype(int)
+    by_expert = sums.groupby("expert", sort=False)
+    table = _quotients(by_expert[SUMS].sum(min_count=1))
+    table["changed"] = by_expert["norm2"].agg(lambda norms: (norms > 0).mean())
+    table["least_layer"], table["greatest_layer"] = layers.min(), layers.max()
+    table = table.join(by_expert[RANKS].mean())
+    gram = sum(m["gram"] for m in measured.values())
+    others = gram[:-1, :-1].sum() + gram.diagonal()[:-1] - 2 * gram[:-1, :-1].sum(0)
+    table["others"] = (others.clamp(min=0) / gram[-1, -1]).sqrt().numpy()
+    table["stored"] = ["adapter" if d is None else dtype_name(d) for d in stored.values()]
+    pairs, dropped = _pairs(measured, gram, experts), _dropped(compared)
+    return Diagnosis(parameters, layers, table, pairs, dropped, sampled)
+
+
+def _quotients(sums: pd.DataFrame) -> pd.DataFrame:
+    expert2 = sums["base2"] + 2 * sums["dot"] + sums["norm2"]
+    table = {
+        "base_norm": sums["base2"] ** 0.5,
+        "norm": sums["norm2"] ** 0.5,
+        "relative_norm": _quotient(sums["norm2"], sums["base2"], 0.5),
+        "cosine_with_base": _quotient(
+            sums["base2"] + sums["dot"], (sums["base2"] * expert2) ** 0.5
+        ),
+        "unchanged": _quotient(sums["zeros"], sums["stored"]),
+        "rounding": _quotient(sums["noise2"], sums["norm2"]).clip(upper=1),
+    }
+    return pd.DataFrame(table)
+
+
+def _quotient(numerator: pd.Series, divisor: pd.Series, power: float = 1) -> pd.Series:
+    return (numerator / divisor.where(divisor > 0)) ** power
+
+
+def _pairs(
+    measured: Mapping[str, dict[str, Any]], gram: Tensor, experts: list[str]
+) -> pd.DataFrame:
+    both, differ = (sum(m[key] for m in measured.values()) for key in ("both", "differ"))
+    spectral = [m for m in measured.values() if "shared" in m]
+    shared = sum(m["shared"] for m in spectral) / len(spectral) if spectral else both * math.nan
+    chance = np.mean([m["chance"] for m in spectral]) if spectral else math.nan
+    norms = gram.diagonal().sqrt()
+    rows = {
+        (experts[i], experts[j]): {
+            "cosine": (gram[i, j] / (norms[i] * norms[j])).item(),
+            "sign_conflict": (differ[i, j] / both[i, j]).item(),
+            "shared_subspace": shared[i, j].item(),
+            "chance": chance,
+        }
+        for i, j in combinations(range(len(experts)), 2)
+    }
+    columns = ["cosine", "sign_conflict", "shared_subspace", "chance"]
+    index = pd.MultiIndex.from_tuples(rows, names=["first", "second"]) if rows else None
+    return pd.DataFrame(list(rows.values()), index, columns)
+
+
+def _dropped(compared: list[dict[str, Any]]) -> pd.DataFrame:
+    table = pd.DataFrame(compared, columns=["expert", "module", "changed", "norm2", "base2"])
+    groups = table.groupby(["expert", "module"], sort=False)
+    sums = groups[["norm2", "base2"]].sum(skipna=False)
+    rows = groups["changed"].agg(parameters="count", changed="sum")
+    rows["relative_norm"] = _quotient(sums["norm2"], sums["base2"], 0.5)
+    return rows[rows["changed"] > 0].reset_index()
+
+
+def _stored(expert: Mapping[str, Tensor], name: str) -> torch.dtype | None:
+    """The dtype an expert was stored in; None for an adapter, whose task vectors are products."""
+    if hasattr(expert, "task_vector"):
+        return None
+    return expert.dtype(name) if hasattr(expert, "dtype") else expert[name].dtype
+
+
+def _shape(base: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    return tuple(base.shape(name) if hasattr(base, "shape") else base[name].shape)

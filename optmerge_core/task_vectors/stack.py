@@ -1,0 +1,126 @@
+"""Task vectors, tensor by tensor: extraction, algebra, norms and magnitudes.
+
+A task vector is expert - base_model (the paper's tau_i). Nothing here holds more than one parameter
+of all experts at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from optmerge_core.methods.blocks import Blocks
+
+Part = tuple[Tensor, bool]
+"""An expert's parameter, and whether it is a task vector, not weights."""
+
+
+class TaskVectors(Mapping[str, Tensor]):
+    """Lazy mapping parameter name -> (experts, *shape) float32 stack of expert - base.
+
+    `base` and each of `experts` (a mapping expert name -> parameters) map parameter name -> tensor:
+    a `Checkpoint`, an `Adapter`, a state dict. `names` are the parameters to offer. Each access
+    computes the stack anew, in float32 on `device`. Raises `ValueError` for no experts, and on
+    access for a parameter that an expert lacks or has in another shape.
+    """
+
+    def __init__(
+        self,
+        base: Mapping[str, Tensor],
+        experts: Mapping[str, Mapping[str, Tensor]],
+        names: Iterable[str],
+        device: str | torch.device = "cpu",
+    ):
+        if not experts:
+            raise ValueError("no experts: give at least one (name -> parameters)")
+        self.base = base
+        self.experts = dict(experts)
+        self.expert_names = list(self.experts)
+        self.names = list(names)
+        self.device = torch.device(device)
+        self._offered = frozenset(self.names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._offered:
+            raise KeyError(name)
+        return self.stack(name, self.base[name])
+
+    def stack(self, name: str, base_tensor: Tensor, parts: list[Part] | None = None) -> Tensor:
+        """The same where the base's tensor, or what `read` gives too, is at hand."""
+        base = base_tensor.to(self.device, non_blocking=True).float()
+        stack = torch.empty((len(self.experts), *base.shape), device=self.device)
+        parts = self.read(name, base_tensor) if parts is None else parts
+        for task_vector, (tensor, is_task_vector) in zip(stack, parts, strict=True):
+            task_vector.copy_(tensor, non_blocking=True)
+            if not is_task_vector:
+                task_vector.sub_(base)
+        return stack
+
+    def blocks(self, name: str, base_tensor: Tensor) -> Blocks:
+        """The same in blocks on the CPU: float32 is only what a block needs."""
+        base = base_tensor.flatten()
+        parts = [(tensor.flatten(), ready) for tensor, ready in self.read(name, base_tensor)]
+
+        def block(entries: slice) -> Tensor:
+            weights = base[entries].float()
+            rows = torch.empty(len(parts), len(weights))
+            for row, (tensor, is_task_vector) in zip(rows, parts, strict=True):
+                row.copy_(tensor[entries])
+                if not is_task_vector:
+                    row.sub_(weights)
+            return rows
+
+        return Blocks(block, base.numel())
+
+    def read(self, name: str, base_tensor: Tensor) -> list[Part]:
+        """Each expert's parameter as stored; an adapter's is a task vector already."""
+        parts = []
+        for expert_name, expert in self.experts.items():
+            if hasattr(expert, "task_vector"):
+                parts.append((pinned(expert.task_vector(name), self.device), True))
+                continue
+            tensor, shape = expert.get(name), base_tensor.shape
+            if tensor is None or tensor.shape != shape:
+                found = "does not have it" if tensor is None else f"has shape {tuple(tensor.shape)}"
+                raise ValueError(
+                    f"{name}: expert {expert_name} {found}, the base has {tuple(shape)}; "
+                    "an expert must be a fine-tuned copy of the base model"
+                )
+            parts.append((pinned(tensor, self.device), False))
+        return parts
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy in page-locked memory, which a GPU fetches while it computes; for a CPU the same."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def apply(
+    base_tensor: Tensor,
+    merged_task_vector: Tensor,
+    scaling_coefficient: float,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """base + scaling_coefficient * merged_task_vector, computed in float32.
+
+    Same shape for both; the result has `dtype` (default: the base tensor's) and the merged task
+    vector's device.
+    """
+    base = base_tensor.to(merged_task_vector.device, torch.float32)
+    merged = base + scaling_coefficient * merged_task_vector
+    return merged.to(dtype or base_tensor.dtype)
+
+
+def derive_seed(seed: int, *parts: str) -> int:
+    """A 63-bit seed that hangs on `seed` and `parts` only, not on the order of work."""
+    digest = hashlib.sha256("\0".join([str(seed), *parts]).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

@@ -1,0 +1,57 @@
+"""The study of training seeds: the shipped experts are not trained again, each model has a row."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from optmerge_core import METHODS, load_recipe
+from optmerge_core.benchmark.experiments import ranks, seeds
+from optmerge_core.benchmark.experiments.variants import ablation, beyond
+from optmerge_core.benchmark.tasks.samples import TASKS
+from optmerge_core.evaluation.evaluator import Evaluator
+from optmerge_core.evaluation.questions import load_split
+
+
+@pytest.mark.parametrize("family", ["internvl", "qwen2_vl"])
+def test_the_shipped_table_has_three_seeds_of_every_method(family):
+    table = pd.read_csv(f"data/benchmark/{family}/seeds.csv", index_col=["seed", "model"])
+    for seed in (seeds.SHIPPED_SEED, *seeds.OTHERS):
+        assert {"base_model", "mixture", *TASKS, *METHODS} <= set(table.loc[seed].index)
+    average = table[list(TASKS)].mean(axis=1)
+    pd.testing.assert_series_equal(average, table["Avg"], check_names=False, atol=1e-3)
+
+
+def test_evaluate_has_a_row_for_every_model(monkeypatch):
+    study = load_recipe("data/recipes/qwen2_vl.yaml")
+    monkeypatch.setattr(seeds, "METHODS", {m: METHODS[m] for m in ("weight_average", "tsv")})
+    few = study.model_copy(update={"scaling_coefficients": [1.0, 3.0]})
+    questions = Evaluator(study.base_model, load_split(study.evaluation.data, "validation", 8))
+    experts = seeds.expert_folders(few, "not made", seeds.SHIPPED_SEED)
+    assert experts == study.experts
+    table = seeds.evaluate(few, experts, questions, questions)
+    variants = [step for step in ablation(study) if step.startswith("+")] + list(beyond())
+    models = {"base_model", *TASKS, "mixture", "weight_average", "tsv", *variants}
+    assert set(table.index) == models
+    assert table.loc["OCR", "OCR"] > table.loc["base_model", "OCR"]
+
+
+def test_experts_of_other_ranks_are_made_once(tmp_path):
+    study = load_recipe("data/recipes/qwen2_vl.yaml")
+    settings = {"steps": 1, "learning_rate": 1e-3, "batch": 4, "workers": 0}
+    for name, rank in {"low": 2, "full": None}.items():
+        folders = ranks.expert_folders(study, tmp_path / name, settings | {"rank": rank})
+        assert list(folders) == list(TASKS)
+        adapter = Path(folders["OCR"], "adapter_config.json")
+        assert adapter.exists() == (rank is not None)
+        assert rank is None or json.loads(adapter.read_text())["r"] == rank
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    ranks.expert_folders(study, tmp_path / "full", settings)
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+
+
+def test_the_shipped_table_of_ranks():
+    table = pd.read_csv("data/benchmark/qwen2_vl/ranks.csv", index_col=["rank", "model"])
+    for name in ranks.SETTINGS:
+        assert {"base_model", *TASKS, *METHODS} <= set(table.loc[name].index)

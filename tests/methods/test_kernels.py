@@ -1,0 +1,47 @@
+"""The Triton kernels against their twins in torch, by Triton's interpreter without a GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="torch's CPU wheel comes without triton")
+
+SCRIPT = """
+import torch
+from optmerge_core import kernels, methods
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+generator = torch.Generator().manual_seed(0)
+shapes = [(1, 5), (3, 7, 9), (5, 64, 48), (6, 1, 1), (4, kernels.TILE), (2, 3 * kernels.TILE + 1)]
+for shape in shapes:
+    numbers = torch.randn(shape, generator=generator)
+    for stack in (numbers, (2 * numbers).round(), torch.zeros(shape)):  # the second has many draws
+        for density in (0.2, 0.7, 1.0):
+            limits = methods.trim_thresholds(stack, density)
+            expected = methods.ties(stack, thresholds=limits)
+            found = kernels.ties(stack.to(device), limits.to(device)).cpu()
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+        for drop_rate in (0.0, 0.3, 0.9):
+            kept = torch.rand(shape, generator=generator) >= drop_rate
+            expected = (stack * kept / (1 - drop_rate)).sum(0)
+            found = kernels.dare_sum(stack.to(device), kept.to(device), drop_rate).cpu()
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+print("equal")
+"""
+
+
+def test_kernels_equal_their_twins():
+    """In a process of its own: the interpreter is chosen before triton is imported."""
+    import torch
+
+    environment = dict(os.environ)
+    if not torch.cuda.is_available():
+        environment["TRITON_INTERPRET"] = "1"
+    root = Path(__file__).resolve().parents[2]
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment, cwd=root
+    )
+    assert run.stdout.strip() == "equal", run.stderr[-3000:]

@@ -1,0 +1,352 @@
+"""Composition of stock specialists: LLaVA, Qwen2-Audio and Video-LLaVA on one tiny Llama."""
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from specialists import SPECIALISTS, TEXT, VISION, WORDS, prompt, save_tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+from optmerge_core.checkpoints.names import language_name
+from optmerge_core.merging.families import mergeable
+from optmerge_core.merging.merge import merge_tensors
+from optmerge_core.omni import OmniForConditionalGeneration, compose
+from optmerge_core.omni.specialists import open_specialist
+
+
+@pytest.fixture(scope="module")
+def omni(family, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("composed") / "omni"
+    assert compose(family.base, family.folders, folder) == folder
+    return folder
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("modality", SPECIALISTS)
+@pytest.mark.parametrize("loaded", [False, True], ids=["folder", "loaded"])
+def test_one_specialist_is_itself(family, tmp_path, modality, loaded):
+    source = family.models[modality] if loaded else family.folders[modality]
+    compose(family.base, {modality: source}, tmp_path / "one", method="task_arithmetic")
+    model = OmniForConditionalGeneration.from_pretrained(tmp_path / "one").eval()
+    own = SPECIALISTS[modality][1]
+    video = WORDS + 1
+    ids = prompt(modality, ids=(WORDS, WORDS, video))
+    inputs = family.inputs[modality]
+    expected = family.models[modality](input_ids=ids, **inputs).logits
+    logits = model(input_ids=ids, modality_inputs={modality: inputs}).logits
+    size = min(logits.shape[-1], expected.shape[-1])
+    torch.testing.assert_close(logits[..., :size], expected[..., :size], atol=1e-5, rtol=0)
+    assert size >= WORDS + (not loaded) and own.text_config.num_hidden_layers == 2
+    answers = [
+        candidate.generate(input_ids=ids, max_new_tokens=4, do_sample=False, **given)
+        for candidate, given in (
+            (family.models[modality], inputs),
+            (model, {"modality_inputs": {modality: inputs}}),
+        )
+    ]
+    assert torch.equal(*answers)
+
+
+def test_towers_are_copied_byte_for_byte(family, omni):
+    composed = load_file(omni / "model.safetensors")
+    for modality, model in family.models.items():
+        towers = {
+            n: t for n, t in model.model.state_dict().items() if not n.startswith("language_model.")
+        }
+        assert len(towers) > 5
+        for name, tensor in towers.items():
+            assert torch.equal(composed.pop(f"specialists.{modality}.{name}"), tensor)
+    assert all(name.startswith(("language_model.", "lm_head.")) for name in composed)
+
+
+@torch.no_grad()
+def test_text_alone_is_the_merged_language_model(family, omni):
+    """Merged by the core from the specialists' language models, embeddings and norms averaged."""
+    merged = LlamaForCausalLM.from_pretrained(family.base)
+    state = {n: t.clone() for n, t in merged.state_dict().items()}
+    names = mergeable({n: tuple(t.shape) for n, t in state.items()}, "llama")
+    experts = {}
+    for modality, model in family.models.items():
+        experts[modality] = {language_name(n): t for n, t in model.state_dict().items()}
+    found = merge_tensors(
+        state, experts, names, method="optmerge", method_options={"preset": "modality"}
+    )
+    for name, tensor in state.items():
+        rows = torch.stack([expert[name][: len(tensor)] for expert in experts.values()])
+        merged.state_dict()[name].copy_(tensor + found[name] if name in found else rows.mean(0))
+    model = OmniForConditionalGeneration.from_pretrained(omni).eval()
+    ids = torch.tensor([[1, 5, 8, 30, 12]])
+    logits = model(input_ids=ids).logits[..., :WORDS]
+    torch.testing.assert_close(logits, merged(input_ids=ids).logits, atol=1e-5, rtol=0)
+    labels = ids.clone()
+    expected = merged(input_ids=ids, labels=labels).loss
+    assert model.lm_head.weight.shape[0] == WORDS + 3
+    assert model(input_ids=ids, labels=labels).loss > 0.9 * expected
+
+
+@torch.no_grad()
+def test_all_modalities_are_seen_at_once(family, omni):
+    model = AutoModelForCausalLM.from_pretrained(omni).eval()
+    tokenizer = AutoTokenizer.from_pretrained(omni)
+    numbers = tokenizer.convert_tokens_to_ids(["<image>", "<|AUDIO|>", "<video>"])
+    assert numbers == [WORDS, WORDS + 1, WORDS + 2]
+    ids = prompt(*SPECIALISTS)
+    logits = model(input_ids=ids, modality_inputs=family.inputs).logits[0, -1]
+    for modality, inputs in family.inputs.items():
+        first = next(iter(inputs))
+        changed = family.inputs | {modality: inputs | {first: 2 * inputs[first]}}
+        assert not torch.allclose(
+            model(input_ids=ids, modality_inputs=changed).logits[0, -1], logits
+        )
+    settings = {"max_new_tokens": 5, "do_sample": False, "suppress_tokens": numbers}
+    told = model.generate(input_ids=ids, modality_inputs=family.inputs, **settings)
+    slow = ids
+    for _ in range(5):
+        logits = model(input_ids=slow, modality_inputs=family.inputs).logits[:, -1, :WORDS]
+        slow = torch.cat([slow, logits.argmax(-1)[:, None]], 1)
+    assert torch.equal(told, slow)
+
+
+def test_saving_again_changes_nothing(omni, tmp_path):
+    model = OmniForConditionalGeneration.from_pretrained(omni)
+    model.save_pretrained(tmp_path)
+    before, after = (load_file(folder / "model.safetensors") for folder in (omni, tmp_path))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def on_the_hub(name):
+    """A parameter's name in llava-hf/llava-1.5-7b-hf and LanguageBind/Video-LLaVA-7B-hf."""
+    name = name.removeprefix("model.")
+    name = re.sub(r"^(\w+_tower)\.(?!vision_model)", r"\1.vision_model.", name)
+    name = re.sub(r"^language_model\.(?!model|lm_head)", "language_model.model.", name)
+    return f"language_model.{name}" if name == "lm_head.weight" else name
+
+
+def test_the_hubs_names_are_those_of_the_real_checkpoints(family):
+    names = {on_the_hub(name) for name in family.models["vision"].state_dict()}
+    assert names > {
+        "language_model.lm_head.weight",
+        "language_model.model.embed_tokens.weight",
+        "language_model.model.layers.0.self_attn.q_proj.weight",
+        "multi_modal_projector.linear_1.weight",
+        "vision_tower.vision_model.embeddings.class_embedding",
+        "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight",
+        "vision_tower.vision_model.pre_layrnorm.weight",
+    }
+
+
+@pytest.mark.parametrize("rename", [on_the_hub, str], ids=["hub", "memory"])
+@pytest.mark.parametrize("modality", ["vision", "video"])
+def test_names_on_the_hub_and_in_memory_give_the_same_bytes(
+    family, omni, tmp_path, modality, rename
+):
+    folder = tmp_path / "renamed"
+    shutil.copytree(family.folders[modality], folder)
+    state = family.models[modality].state_dict()
+    save_file({rename(n): t for n, t in state.items()}, folder / "model.safetensors")
+    compose(family.base, family.folders | {modality: folder}, tmp_path / "omni")
+    composed = (tmp_path / "omni/model.safetensors").read_bytes()
+    assert composed == (omni / "model.safetensors").read_bytes()
+
+
+@torch.no_grad()
+def test_half_precision_folders_load_in_any_precision(family, tmp_path):
+    folders = {"base": tmp_path / "base"} | {m: tmp_path / m for m in family.folders}
+    for name, folder in folders.items():
+        shutil.copytree(family.base if name == "base" else family.folders[name], folder)
+        model = LlamaForCausalLM if name == "base" else SPECIALISTS[name][0]
+        model.from_pretrained(folder, dtype=torch.float16).save_pretrained(folder)
+    half = compose(folders.pop("base"), folders, tmp_path / "half")
+    assert {t.dtype for t in load_file(half / "model.safetensors").values()} == {torch.float16}
+    for dtype in (torch.float32, torch.bfloat16, "auto"):
+        model = OmniForConditionalGeneration.from_pretrained(half, dtype=dtype)
+        expected = torch.float16 if dtype == "auto" else dtype
+        assert {p.dtype for p in model.parameters()} == {expected}
+    model = OmniForConditionalGeneration.from_pretrained(half, dtype=torch.float32).eval()
+    assert (
+        model(input_ids=prompt(*SPECIALISTS), modality_inputs=family.inputs).logits.isfinite().all()
+    )
+
+
+@pytest.mark.parametrize("method", ["tsv", "wudi", "ties", "dare_ties", "iso_c"])
+def test_two_specialists_by_any_method(family, tmp_path, method):
+    two = {m: family.folders[m] for m in ("audio", "vision")}
+    folder = compose(family.base, two, tmp_path / "two", method=method)
+    model = OmniForConditionalGeneration.from_pretrained(folder)
+    assert list(model.specialists) == ["audio", "vision"]
+    assert (folder / "specialists/audio/tokenizer.json").is_file()
+
+
+@torch.no_grad()
+def test_four_specialists(family, tmp_path):
+    """A second LLaVA, for depth, with a placeholder of its own."""
+    family.models["vision"].save_pretrained(tmp_path / "depth")
+    save_tokenizer(tmp_path / "depth", ["<depth>"])
+    four = family.folders | {"depth": tmp_path / "depth"}
+    folder = compose(family.base, four, tmp_path / "four", method="tsv")
+    model = OmniForConditionalGeneration.from_pretrained(folder).eval()
+    number = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<depth>")
+    assert number == WORDS + 3 and set(model.specialists) == set(four)
+    ids = torch.cat([prompt(*SPECIALISTS), torch.tensor([[number] * 4 + [7, 9]])], 1)
+    inputs = family.inputs | {"depth": {"pixel_values": torch.randn(1, 3, 28, 28)}}
+    logits = model(input_ids=ids, modality_inputs=inputs).logits[0, -1]
+    for modality in four:
+        noise = {
+            k: torch.randn_like(x) if x.is_floating_point() else x
+            for k, x in inputs[modality].items()
+        }
+        other = model(input_ids=ids, modality_inputs=inputs | {modality: noise}).logits[0, -1]
+        assert not torch.allclose(logits, other)
+
+
+@torch.no_grad()
+def test_an_adapter_of_a_specialist(family, tmp_path):
+    torch.manual_seed(2)
+    model = LlavaForConditionalGeneration.from_pretrained(family.folders["vision"])
+    ends = ("layers.0.mlp.up_proj", "layers.1.self_attn.q_proj")
+    modules = [n for n, _ in model.named_modules() if "language" in n and n.endswith(ends)]
+    settings = LoraConfig(r=2, target_modules=modules, modules_to_save=["multi_modal_projector"])
+    adapted = get_peft_model(model, settings)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.normal_(std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected = adapted.merge_and_unload().eval()
+    compose(
+        family.base, {"vision": tmp_path / "adapter"}, tmp_path / "one", method="task_arithmetic"
+    )
+    model = OmniForConditionalGeneration.from_pretrained(tmp_path / "one").eval()
+    ids, inputs = prompt("vision"), family.inputs["vision"]
+    logits = model(input_ids=ids, modality_inputs={"vision": inputs}).logits
+    wanted = expected(input_ids=ids, **inputs).logits[..., : WORDS + 1]
+    torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_small_update_of_a_bfloat16_model_is_not_rounded_away(family, tmp_path):
+    model = LlavaForConditionalGeneration.from_pretrained(
+        family.folders["vision"], dtype=torch.bfloat16
+    )
+    model.save_pretrained(tmp_path / "llava")
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava", dtype=torch.float32)
+    settings = LoraConfig(r=2, target_modules=r".*language_model.*layers\.0\.mlp\.up_proj")
+    adapted = get_peft_model(model, settings)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.fill_(1e-3)
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "llava")
+    adapted.save_pretrained(tmp_path / "adapter")
+    name = "model.layers.0.mlp.up_proj.weight"
+    before = open_specialist(tmp_path / "llava")
+    after = open_specialist(tmp_path / "adapter")
+    update = after.language_model[name].float() - before.language_model[name].float()
+    scale = settings.lora_alpha / settings.r
+    torch.testing.assert_close(update, torch.full_like(update, scale * 2e-6), rtol=0.05, atol=0)
+    assert after.towers.keys() == before.towers.keys()
+    assert all(torch.equal(tensor, before.towers[n]) for n, tensor in after.towers.items())
+    assert {t.dtype for t in after.towers.values()} == {torch.bfloat16}
+
+
+def test_report_and_card_say_what_was_composed(family, omni, tmp_path):
+    report = json.loads((omni / "merge_report.json").read_text())
+    inputs = {"base": (family.base, report["base_model"])}
+    inputs |= {m: (family.folders[m], report["experts"][m]) for m in family.folders}
+    for folder, item in inputs.values():
+        assert item["location"] == str(folder)
+        assert item["sha256"] == {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in Path(folder).glob("*.safetensors")
+        }
+    merged = load_file(omni / "model.safetensors")
+    base = load_file(Path(family.base, "model.safetensors"))
+    assert len(report["parameters"]) == 14  # seven matrices in each of two layers
+    for record in report["parameters"]:
+        change = merged["language_" + record["name"]] - base[record["name"]]
+        assert record["merged_norm"] == pytest.approx(change.norm().item(), rel=1e-4)
+        assert record["expert_norms"].keys() == family.folders.keys()
+    card = (omni / "README.md").read_text()
+    call = card.partition("```python\n")[2].partition("```")[0].replace("'merged'", "'again'")
+    exec(call.replace('"merged"', repr(str(tmp_path / "again"))))
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (
+        omni / "model.safetensors"
+    ).read_bytes()
+
+
+def test_an_adapters_report_has_its_bases_hashes(family, tmp_path):
+    model = LlavaForConditionalGeneration.from_pretrained(family.folders["vision"])
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=r".*language_model.*up_proj"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    compose(family.base, {"vision": tmp_path / "adapter"}, tmp_path / "one", method="ties")
+    report = json.loads((tmp_path / "one/merge_report.json").read_text())
+    assert report["experts"]["vision"]["sha256"].keys() == {
+        "model.safetensors", "adapter_model.safetensors"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ["language_model", "vision_tower"])
+def test_a_specialist_with_nan_is_refused_before_the_merge(family, tmp_path, where):
+    folder = tmp_path / "broken"
+    shutil.copytree(family.folders["vision"], folder)
+    weights = load_file(folder / "model.safetensors")
+    name = next(n for n, tensor in weights.items() if where in n and tensor.ndim == 2)
+    weights[name][0, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(family, tmp_path, {"vision": folder}, r"1 NaN or Inf")
+
+
+def refused(family, tmp_path, specialists, message, error=ValueError):
+    with pytest.raises(error, match=message):
+        compose(family.base, specialists, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_language_model_of_another_shape_is_refused(family, tmp_path):
+    wide = LlavaConfig(
+        vision_config=VISION, text_config=TEXT | {"intermediate_size": 64}, image_token_id=WORDS
+    )
+    LlavaForConditionalGeneration(wide).save_pretrained(tmp_path / "wide")
+    message = r"vision: model\.layers\.0\.mlp\.\w+\.weight has shape \(.*64.*\) in .* and \(.*48"
+    refused(family, tmp_path, {"vision": tmp_path / "wide"}, message)
+    deep = LlavaConfig(
+        vision_config=VISION, text_config=TEXT | {"num_hidden_layers": 3}, image_token_id=WORDS
+    )
+    LlavaForConditionalGeneration(deep).save_pretrained(tmp_path / "deep")
+    refused(family, tmp_path, {"vision": tmp_path / "deep"}, r"has model\.layers\.2\..*has not")
+
+
+def test_tokenizers_that_disagree_are_refused(family, tmp_path):
+    folder = tmp_path / "other"
+    family.models["audio"].save_pretrained(folder)
+    save_tokenizer(folder, ["<|AUDIO|>"], first="other")
+    message = r"audio: token 'other' is number 3 in its tokenizer, absent in the base's"
+    refused(family, tmp_path, family.folders | {"audio": folder}, message)
+
+
+def test_token_numbers_claimed_twice_are_refused(family, tmp_path):
+    message = r"audio uses token 40 for audio_token_\w+, vision for image input"
+    loaded = {m: family.models[m] for m in ("vision", "audio")}
+    refused(family, tmp_path, loaded, message)
+
+
+def test_inputs_that_do_not_fit_are_refused(family, omni):
+    model = OmniForConditionalGeneration.from_pretrained(omni)
+    with pytest.raises(ValueError, match="no specialist for 'smell': this model has"):
+        model(input_ids=prompt("vision"), modality_inputs={"smell": {}})
+    with pytest.raises(ValueError, match="give either input_ids or inputs_embeds"):
+        model()
+    with pytest.raises(ValueError, match=r"audio: the prompt has 4 tokens and becomes 13 long"):
+        one = torch.tensor([[1, 5, WORDS + 1, 9]])
+        model(input_ids=one, modality_inputs={"audio": family.inputs["audio"]})

@@ -1,0 +1,414 @@
+"""mergekit's files and mergekit's numbers, against its definitions and, where installed, itself."""
+
+import warnings
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from optmerge_core import load_recipe, merge, open_checkpoint
+from optmerge_core.methods.registry import METHODS, check_options
+from optmerge_core.methods.ties import keep_largest, ties
+from optmerge_core.study.recipe import RecipeError
+
+EXPERTS = ("ocr", "vqa", "chart")
+WEIGHTS = (0.25, 0.5, 1.25)  # sums that cancel exactly do so in any precision
+DENSITIES = (0.3, 0.55, 0.9)
+
+
+def case(merge_method, weights=None, densities=None, base=False, listed=False, **parameters):
+    """A mergekit file: weights and densities beside the models, the rest for all of them."""
+    beside = {"weight": weights, "density": densities}
+    models = [
+        {
+            "model": name,
+            "parameters": {key: values[i] for key, values in beside.items() if values},
+        }
+        for i, name in enumerate(EXPERTS)
+    ]
+    content = {"merge_method": merge_method, "models": [{"model": "base"}] * listed + models}
+    content |= {"base_model": "base"} if base else {}
+    return content | {"parameters": parameters, "dtype": "float32"}
+
+
+CASES = {
+    "linear": case("linear", WEIGHTS),
+    "linear_unscaled": case("linear", (0.5, 0.75, -0.25), normalize=False),
+    "linear_counts_the_base": case("linear", base=True, weight=0.7),
+    "task_arithmetic": case("task_arithmetic", WEIGHTS, base=True, **{"lambda": 0.6}),
+    "task_arithmetic_mean": case("task_arithmetic", WEIGHTS, base=True, normalize=True),
+    "task_arithmetic_cancels": case("task_arithmetic", (1, -2, 1), base=True, normalize=True),
+    "ties": case("ties", WEIGHTS, DENSITIES, True, True, int8_mask=True, **{"lambda": 1.3}),
+    "ties_sum": case("ties", WEIGHTS, DENSITIES, base=True, normalize=False),
+    "ties_negative": case("ties", (1.0, -0.5, 0.75), base=True, density=0.5),
+    "ties_one_for_all": case("ties", base=True, weight=0.5, density=0.33),
+    "ties_whole": case("ties", WEIGHTS, base=True),
+    "dare_linear": case("dare_linear", WEIGHTS, (1.0,) * 3, base=True),
+    "dare_linear_mean": case("dare_linear", WEIGHTS, base=True, normalize=True, rescale=False),
+    "dare_ties": case("dare_ties", WEIGHTS, base=True, density=1.0, **{"lambda": 0.8}),
+}
+
+ROUNDED = {  # what cancels in the experts hangs on the rounding of the weights
+    "ties_rounded": case("ties", (0.2, 0.5, 1.1), DENSITIES, base=True),
+    "ties_third": case("ties", base=True, weight=0.3, density=0.5),
+    "dare_ties_rounded": case("dare_ties", (0.7, 0.6, 0.1), base=True),
+}
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def models(request, tmp_path_factory):
+    """Folders of a tiny Llama and three experts that differ in every parameter.
+
+    In bfloat16, many entries of an expert have the same magnitude, and experts cancel exactly.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    root = tmp_path_factory.mktemp("llama")
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).to(getattr(torch, request.param))
+        model.save_pretrained(root / "base")
+        start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        for expert in EXPERTS:
+            for name, parameter in model.named_parameters():
+                noise = 0.01 * torch.randn(parameter.shape)
+                parameter.data.copy_(start[name] + noise.to(parameter.dtype))
+            model.save_pretrained(root / expert)
+    tensors = {name: dict(open_checkpoint(root / name)) for name in ("base", *EXPERTS)}
+    return SimpleNamespace(root=root, tensors=tensors)
+
+
+def write(folder, content):
+    path = folder / "mergekit.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def merged_here(path, output, **changes):
+    """The file's merge, as `python -m optmerge_core merge` makes it: name -> tensor."""
+    recipe = load_recipe(path)
+    settings = {
+        "method": recipe.merge_method,
+        "method_options": recipe.options(),
+        "scaling_coefficient": recipe.scaling_coefficient,
+        "dtype": recipe.dtype,
+        "scope": recipe.scope,
+    }
+    with warnings.catch_warnings():  # a linear merge may list the base model, which is remarked
+        warnings.simplefilter("ignore")
+        merge(recipe.base_model, recipe.experts, output, **(settings | changes))
+    return dict(open_checkpoint(output))
+
+
+def by_definition(content, tensors, name):
+    """One merged parameter in float64, entry by entry, from mergekit's documented definitions."""
+    method, given = content["merge_method"], content["parameters"]
+    experts = [m for m in content["models"] if m["model"] != "base"]
+    if method == "linear" and "base_model" in content and "weight" in given:
+        experts = [*experts, {"model": "base"}]
+    own = [given | expert.get("parameters", {}) for expert in experts]
+    weights = [parameters["weight"] for parameters in own]
+    values = [tensors[e["model"]][name].double().numpy() for e in experts]
+    normalize = given.get("normalize", method in ("linear", "ties"))
+    if method == "linear":
+        total = sum(w * value for w, value in zip(weights, values, strict=True))
+        return total / sum(weights) if normalize else total
+    base = tensors["base"][name].double().numpy()
+    deltas = []
+    for value, parameters in zip(values, own, strict=True):
+        delta = (value - base).ravel()
+        if method == "ties":
+            count = max(1, int(parameters.get("density", 1.0) * delta.size))
+            # Magnitudes are compared in single precision; of equal ones torch's sorting chooses.
+            order = torch.from_numpy(delta).float().abs().argsort(descending=True)
+            delta[order[count:]] = 0
+        deltas.append(parameters["weight"] * delta)
+    merged = np.zeros(base.size)
+    for entry, column in enumerate(zip(*deltas, strict=True)):
+        counted = list(zip(weights, column, strict=True))
+        if method.endswith("ties"):
+            positive = sum(column) >= 0
+            counted = [(w, x) for w, x in counted if x != 0 and (x > 0) == positive]
+        total = sum(w for w, _ in counted)
+        by = total if normalize and abs(total) > 1e-8 else 1
+        merged[entry] = sum(x for _, x in counted) / by
+    return base + given.get("lambda", 1.0) * merged.reshape(base.shape)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_file_gives_what_mergekit_defines(models, tmp_path, name):
+    """With `scope: all`, every parameter of the model; without, the merged layers."""
+    path = write(models.root, CASES[name] | {"scope": "all"})
+    merged = merged_here(path, tmp_path / "all")
+    assert merged.keys() == models.tensors["base"].keys() and len(merged) == 12
+    expected = {n: by_definition(CASES[name], models.tensors, n) for n in merged}
+    for parameter, tensor in merged.items():
+        assert tensor.dtype == torch.float32
+        np.testing.assert_allclose(tensor, expected[parameter], rtol=1e-5, atol=2e-7)
+    layers = merged_here(path, tmp_path / "layers", scope="linear")
+    same = {n for n in layers if torch.equal(layers[n], merged[n])}
+    assert same == {n for n in layers if layers[n].ndim == 2 and ".layers." in n}
+
+
+@pytest.mark.parametrize("name", [*CASES, *ROUNDED])
+def test_side_by_side_with_mergekit(models, tmp_path, monkeypatch, name):
+    """Every tensor of the merged model equals mergekit's own, to float32 rounding."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip("mergekit")
+        from mergekit.config import MergeConfiguration
+        from mergekit.io.tasks import LoaderCache
+        from mergekit.merge import run_merge
+        from mergekit.options import MergeOptions
+
+        monkeypatch.chdir(models.root)
+        LoaderCache().flush_all()  # it knows models by the names in the file
+        path = write(models.root, (CASES | ROUNDED)[name] | {"scope": "all"})
+        options = MergeOptions(quiet=True, copy_tokenizer=False, write_model_card=False)
+        config = MergeConfiguration.model_validate(yaml.safe_load(path.read_text()))
+        run_merge(config, str(tmp_path / "theirs"), options)
+    theirs, ours = dict(open_checkpoint(tmp_path / "theirs")), merged_here(path, tmp_path / "ours")
+    assert ours.keys() == theirs.keys()
+    worst = 0.0
+    for parameter, tensor in theirs.items():
+        difference = (ours[parameter] - tensor).abs().max() / tensor.abs().max()
+        worst = max(worst, difference.item())
+    print(f"{name}: largest difference / largest entry of a parameter = {worst:.1e}")
+    assert worst < 5e-7
+
+
+def test_the_command_merges_the_file_as_it_is(models, tmp_path, capsys):
+    pytest.importorskip("nbformat")
+    from optmerge_core.__main__ import main
+
+    path = write(models.root, CASES["ties"] | {"scope": "all", "tokenizer_source": "base"})
+    assert main(["merge", str(path), "--output", str(tmp_path / "out")]) == 0
+    assert "12 parameters of 3 experts merged by ties" in capsys.readouterr().out
+    merged, expected = dict(open_checkpoint(tmp_path / "out")), merged_here(path, tmp_path / "own")
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.items())
+    # The model card's recipe makes the same model again.
+    card = (tmp_path / "out" / "README.md").read_text().split("```yaml\n")[1].split("```")[0]
+    again = load_recipe(write(tmp_path, yaml.safe_load(card)))
+    original = load_recipe(path)
+    for name in ("options", "scaling_coefficient", "scope", "dtype", "merge_method", "trim"):
+        ours, theirs = getattr(again, name), getattr(original, name)
+        assert (ours() if callable(ours) else ours) == (theirs() if callable(theirs) else theirs)
+
+
+# By hand
+
+
+def test_ties_by_hand():
+    """Weights change who is elected, the average's weights, and a density is each expert's own."""
+    stack = torch.tensor([[4.0, -3.0, 2.0, 1.0], [-1.0, 5.0, 3.0, -2.0]])
+    options = {"density": [0.5, 1.0], "weights": [3.0, 1.0], "rule": "mergekit"}
+    # Kept: 4 -3 0 0 and all; weighted: 12 -9 0 0 and -1 5 3 -2; elected: + - + -.
+    assert ties(stack, **options).tolist() == [4, -3, 3, -2]
+    assert ties(stack, **options, normalize=False).tolist() == [12, -9, 3, -2]
+    # Together: where both agree, (3·2 + 1·3) / 4.
+    assert ties(stack, **(options | {"density": 1.0}))[2].item() == 2.25
+
+
+def test_the_rules_differ_by_one_entry_and_in_a_draw():
+    stack = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    assert ties(stack, density=0.5).tolist() == [0, 2, 3, 4]
+    assert ties(stack, density=0.5, rule="mergekit").tolist() == [0, 0, 3, 4]
+    assert keep_largest(stack, 0.1).tolist() == [[0, 0, 0, 4]]
+    draw = torch.tensor([[1.0, -2.0, -3.0], [-1.0, -2.0, -3.0]])
+    assert ties(draw, density=1.0).tolist() == [-1, -2, -3]
+    assert ties(draw, density=1.0, rule="mergekit").tolist() == [1, -2, -3]
+
+
+def test_averages_by_hand():
+    stack = torch.tensor([[2.0, 4.0], [8.0, -2.0]])
+    assert METHODS["weight_average"](stack, weights=[1, 3]).tolist() == [6.5, -0.5]
+    assert METHODS["task_arithmetic"](stack, weights=[0.5, -1]).tolist() == [-7, 4]
+    assert METHODS["dare_task_arithmetic"](stack, drop_rate=[0, 0.0]).tolist() == [10, 2]
+
+
+@pytest.mark.parametrize("rule", ["released", "mergekit"])
+@pytest.mark.parametrize("shape", [(3, 7), (3, 5, 70)])
+def test_equal_weights_and_densities_change_nothing(rule, shape):
+    stack = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    plain = ties(stack, density=0.4, rule=rule)
+    weighted = ties(stack, density=[0.4] * 3, weights=[2.0] * 3, rule=rule)
+    torch.testing.assert_close(plain, weighted)
+    assert torch.equal(ties(stack, density=[0.4] * 3, rule=rule), plain)
+
+
+def test_each_expert_is_dropped_at_its_own_rate():
+    stack = torch.ones(2, 20_000)
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    total = METHODS["dare_task_arithmetic"](
+        stack, drop_rate=[0.0, 0.9], weights=[0.0, 1.0], generator=generators
+    )
+    assert total.unique().tolist() == pytest.approx([0.0, 10.0])
+    assert total.mean().item() == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "text"),
+    [
+        ("ties", {"weights": [1, 2], "density": [0.1, 0.2, 0.3]}, "2 values for 3 experts"),
+        ("ties", {"rule": "other"}, "rule is 'other'; valid are 'released', 'mergekit'"),
+        ("ties", {"normalize": 2}, "normalize is 2"),
+        ("ties", {"density": [0.5, 0.0], "rule": "mergekit"}, "density is 0"),
+        ("dare_ties", {"drop_rate": [0.5, 1.0]}, "drop_rate is 1"),
+        ("weight_average", {"weights": [1, -1]}, "add up to 0"),
+        ("task_arithmetic", {"weights": [1, float("nan")]}, "finite"),
+    ],
+)
+def test_wrong_lists_are_refused_before_any_work(method, options, text):
+    with pytest.raises(ValueError, match=text):
+        check_options(method, options)
+
+
+def test_a_list_has_a_value_for_each_expert(models, tmp_path):
+    with pytest.raises(ValueError, match="weights has 2 values for 3 experts"):
+        check_options("ties", {"weights": [1, 2]}, experts=3)
+    locations = {name: models.root / name for name in EXPERTS}
+    for options, trim, text in [
+        ({"weights": [1.0, 2.0]}, "tensor", "2 values for 3 experts"),
+        ({"density": list(DENSITIES)}, "model", "trim='model' takes one density"),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            merge(
+                models.root / "base", locations, tmp_path / "out",
+                method="ties", method_options=options, trim=trim,
+            )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+# The file's keys
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    """A function that writes a file over folders that exist, with changes, and loads it."""
+    for folder in ("base", "ocr", "vqa", "chart"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def load(content, **changes):
+        return load_recipe(write(tmp_path, content | changes))
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "options"),
+    [
+        ("linear", "weight_average", {"weights": [0.25, 0.5, 1.25]}),
+        ("linear_counts_the_base", "weight_average", {}),
+        ("task_arithmetic", "task_arithmetic", {"weights": [0.25, 0.5, 1.25]}),
+        (
+            "ties",
+            "ties",
+            {"rule": "mergekit", "weights": [0.25, 0.5, 1.25], "density": [0.3, 0.55, 0.9]},
+        ),
+        ("ties_one_for_all", "ties", {"rule": "mergekit", "weights": [0.5] * 3, "density": 0.33}),
+        ("ties_whole", "ties", {"rule": "mergekit", "weights": [0.25, 0.5, 1.25], "density": 1.0}),
+        ("dare_linear", "dare_task_arithmetic", {"weights": [0.25, 0.5, 1.25], "drop_rate": 0.0}),
+    ],
+)
+def test_files_become_methods_and_options(load, name, method, options):
+    recipe = load(CASES[name])
+    assert recipe.merge_method == method and recipe.options() == options
+    assert recipe.scaling_coefficient == CASES[name]["parameters"].get("lambda", 1.0)
+
+
+def test_without_weights_a_recipe_means_the_paper(load):
+    """mergekit would refuse these files: it asks for a weight."""
+    assert load(case("ties", base=True)).options() == {}
+    assert load(case("ties", base=True, density=0.5)).options() == {"density": 0.5}
+    assert load(case("dare_linear", base=True)).options() == {}
+    densities = load(case("dare_linear", None, (0.5, 0.75, 1.0), base=True)).options()
+    assert densities == {"drop_rate": [0.5, 0.25, 0.0]}
+
+
+def test_the_base_in_a_mean(load):
+    alone = load(CASES["linear"])
+    assert alone.base_model == "ocr" and list(alone.experts) == list(EXPERTS)
+    counted = load(CASES["linear_counts_the_base"])
+    assert list(counted.experts) == [*EXPERTS, "base_model"]
+    assert counted.experts["base_model"] == counted.base_model == "base"
+    assert list(load(case("linear", WEIGHTS, base=True)).experts) == list(EXPERTS)
+    listed = load(case("linear", base=True, listed=True, weight=1.0))
+    assert list(listed.experts) == ["base", *EXPERTS]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tokenizer_source": "base"},
+        {"tokenizer": {"source": "base"}},
+        {"tokenizer_source": "base", "tokenizer": None, "chat_template": None},
+        {"tokenizer_source": "base", "out_dtype": "bfloat16"},
+        {"models": list(EXPERTS), "parameters": {"weight": 1.0}},
+        {"models": [{"model": "base+ocr", "parameters": {"weight": 1}}, {"model": "vqa"}][:1]},
+        {"parameters": {"int8_mask": True, "rescale": False, "lambda": 1}},
+    ],
+)
+def test_keys_that_change_nothing_here(load, changes):
+    recipe = load(case("ties", WEIGHTS, base=True), **changes)
+    assert recipe.options()["density"] == 1.0 and next(iter(recipe.experts.values())) == "ocr"
+    assert recipe.dtype == changes.get("out_dtype", "float32")
+
+
+def test_a_chosen_chat_template_is_remarked(load):
+    with pytest.warns(UserWarning, match="chat_template: the base model's is kept"):
+        load(CASES["ties"], chat_template="auto")
+
+
+TIES = CASES["ties"]
+BY_LAYER = case("ties", ([0, 1], 1, 1), base=True)
+SCALED = case("linear", WEIGHTS, normalize=False)
+
+
+@pytest.mark.parametrize(
+    ("content", "changes", "text"),
+    [
+        (TIES, {"slices": [{"sources": []}]}, "slices: .*whole models under models"),
+        (TIES, {"modules": {"default": {}}}, "modules: .*whole models under models"),
+        (TIES, {"tokenizer_source": "union"}, "tokenizer_source 'union': .*write base"),
+        (TIES, {"tokenizer_source": "ocr"}, "tokenizer_source 'ocr'"),
+        (TIES, {"tokenizer": {"source": "union"}}, "tokenizer_source 'union'"),
+        (TIES, {"tokenizer": {"source": "base", "tokens": {"<a>": {}}}}, "tokenizer.tokens: "),
+        (TIES, {"tokenizer": "union"}, "tokenizer_source 'union'"),
+        (TIES, {"chat_template": "chatml"}, "chat_template: .*leave the key out"),
+        (TIES, {"dtype": "int8"}, "dtype: .*bfloat16"),
+        (TIES, {"parameters": {"int8_mask": 3}}, "int8_mask 3: true or false"),
+        (TIES, {"parameters": {"rescale": True}}, "rescale true of ties"),
+        (TIES, {"parameters": {"epsilon": 0.1}}, "epsilon.*density"),
+        (TIES, {"parameters": {"lambda": [0, 1]}}, r"lambda \[0, 1\]: one finite number"),
+        (BY_LAYER, {}, r"weight \[0, 1\]: one finite number .*layers"),
+        (
+            case("ties", WEIGHTS, ([{"filter": "mlp", "value": 1}], 1, 1), base=True),
+            {},
+            "density .*filter.*: one finite number",
+        ),
+        (case("ties", (1, None, 1), base=True), {}, "weight: expert 2 of 3 has none"),
+        (case("dare_linear", WEIGHTS, base=True, density=0.5, rescale=False), {}, "rescale false"),
+        (SCALED, {}, "normalize false of linear: .*add up to 2"),
+        (case("linear", (1, 1, -2)), {}, "add up to 0"),
+        (case("linear", WEIGHTS, **{"lambda": 0.5}), {}, "parameters.lambda: mergekit's linear"),
+        (case("optmerge", WEIGHTS, base=True), {}, "weight of optmerge: only 1"),
+        (case("optmerge", base=True, normalize=True), {}, "optmerge has no option 'normalize'"),
+        (case("ties", WEIGHTS), {}, "base_model: Field required"),
+        (case("slerp", base=True, t=0.5), {}, "no merge method 'slerp'"),
+        (case("ties", base=True, merge=3), {"merge_method": ["ties"]}, "merge_method: .*string"),
+        (TIES, {"models": [{"model": "other+ocr"}]}, r"'other\+ocr' is .*base_model\+adap"),
+        (TIES, {"models": [{"model": {"path": "ocr"}}]}, "models.0.model: .*string"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_followed_is_one_error(load, content, changes, text):
+    with pytest.raises(RecipeError, match=text) as caught:
+        load(content, **changes)
+    assert "mergekit.yaml: " in str(caught.value) and "\n" not in str(caught.value)

@@ -1,0 +1,207 @@
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from optmerge_core.merging.checks import check_method
+from optmerge_core.methods.registry import METHODS
+from optmerge_core.study.recipe import RecipeError, load_recipe
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """A function that writes a recipe over folders that exist, and returns its path."""
+    for folder in ("study/base", "study/experts/ocr", "study/experts/vqa", "elsewhere/ocr"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+
+    def write(**changes):
+        content = {
+            "merge_method": "ties",
+            "base_model": "base",
+            "models": [{"model": "experts/ocr"}, {"model": "experts/vqa"}],
+        } | changes
+        path = tmp_path / "study" / "tiny.yaml"
+        path.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}))
+        return path
+
+    return write
+
+
+def test_defaults_names_and_locations(write):
+    recipe = load_recipe(write())
+    assert recipe.name == "tiny" and recipe.seed == 0 and recipe.dtype is None
+    assert recipe.scaling_coefficients == [0.1, 0.3, 0.5, 0.7, 1.0, 1.5]
+    assert recipe.scaling_coefficient == 1.0 and recipe.options() == {}
+    assert recipe.base_model == os.path.join("..", "study", "base")
+    assert list(recipe.experts) == ["ocr", "vqa"]
+    assert Path(recipe.experts["vqa"]).is_dir()
+
+
+def test_locations_beside_the_recipe_then_here_then_on_the_hub(write):
+    models = [{"model": "ocr", "name": "here"}, {"model": "owner/Expert-1.5", "name": "hub"}]
+    evaluation = {"data": "experts", "references": {"mixture": "base"}, "test_samples": 20}
+    recipe = load_recipe(write(models=models, evaluation=evaluation))
+    assert recipe.experts == {"here": "ocr", "hub": "owner/Expert-1.5"}
+    assert recipe.evaluation.data == os.path.join("..", "study", "experts")
+    assert recipe.evaluation.references == {"mixture": recipe.base_model}
+    assert recipe.evaluation.test_samples == 20
+
+
+@pytest.mark.parametrize(
+    ("merge_method", "parameters", "method", "options"),
+    [
+        ("linear", {"weight": 0.5}, "weight_average", {}),
+        ("task_arithmetic", {"weight": 1.0, "lambda": 0.4}, "task_arithmetic", {}),
+        ("ties", {"density": 0.5}, "ties", {"density": 0.5}),
+        ("dare_linear", {"density": 0.75}, "dare_task_arithmetic", {"drop_rate": 0.25}),
+        ("dare_ties", {"density": 0.75}, "dare_ties", {"drop_rate": 0.25, "density": 1.0}),
+        ("optmerge", {"preset": "lora", "steps": 10}, "optmerge", {"preset": "lora", "steps": 10}),
+        ("wudi", {"learning_rate": "1e-4"}, "wudi", {"learning_rate": 1e-4}),
+    ],
+)
+def test_mergekits_words(write, merge_method, parameters, method, options):
+    recipe = load_recipe(write(merge_method=merge_method, parameters=parameters))
+    assert recipe.merge_method == method and recipe.options() == options
+    assert recipe.scaling_coefficient == parameters.get("lambda", 1.0)
+
+
+def test_mergekits_parameters_beside_each_model_and_base_in_the_list(write):
+    models = [{"model": "base"}]
+    models += [{"model": f"experts/{x}", "parameters": {"density": 0.5}} for x in ("ocr", "vqa")]
+    recipe = load_recipe(write(models=models))
+    assert list(recipe.experts) == ["ocr", "vqa"] and recipe.options() == {"density": 0.5}
+    recipe = load_recipe(write(models=[{"model": "base"}, {"model": "ocr"}], merge_method="linear"))
+    assert list(recipe.experts) == ["base", "ocr"]  # in a mean, the base counts as it is listed
+
+
+def test_options_for_studies_that_run_all_methods(write):
+    method_options = {
+        "ties": {"density": 0.4},
+        "optmerge": {"preset": "lora", "learning_rate": 0.1},
+    }
+    recipe = load_recipe(write(method_options=method_options, parameters={"lambda": 0.5}))
+    assert recipe.options("ties") == recipe.options() == {"density": 0.4}
+    assert recipe.options("optmerge") == method_options["optmerge"]
+    assert recipe.options("tsv") == {} and recipe.options("linear") == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"slices": []}, "slices: models cannot be cut"),
+        ({"layers": []}, "layers: unknown key; valid are merge_method, base_model, models"),
+        ({"models": [{"model": "base", "path": "x"}]}, "models.0.path: unknown key; valid are"),
+        ({"evaluation": {"tests": 1}}, "evaluation.tests: unknown key; valid are data, contrast"),
+        ({"base_model": None}, "base_model: Field required"),
+        ({"base_model": 3}, "base_model: .*string"),
+        ({"base_model": "../folder"}, "base_model: '../folder' is neither"),
+        ({"base_model": "no/such/folder"}, "base_model: 'no/such/folder' is neither"),
+        ({"models": [{"model": "nothing"}]}, "models.0.model: 'nothing' is neither"),
+        ({"evaluation": {"data": "nothing"}}, "evaluation.data: 'nothing' is neither"),
+        ({"models": []}, "models: .*at least 1"),
+        ({"models": [{"model": "base"}]}, "only the base model"),
+        ({"models": [{"model": "ocr"}, {"model": "experts/ocr"}]}, "names are not unique"),
+        ({"merge_method": "slerp"}, "slerp.*weight_average"),
+        ({"parameters": {"sparsity": True}}, "sparsity.*density"),
+        ({"parameters": {"density": 7}}, "density"),
+        ({"merge_method": "tsv", "parameters": {"weight": 0.5}}, "weight of tsv: only 1"),
+        ({"parameters": {"lambda": [0, 1]}}, r"lambda \[0, 1\]: one finite number"),
+        ({"parameters": {"density": [0, 1]}}, r"density \[0, 1\]: one finite number"),
+        ({"models": [{"model": "ocr", "parameters": {"gamma": 1}}]}, "gamma.*only weight and"),
+        (
+            {"models": [{"model": "ocr", "parameters": {"density": 1}}, {"model": "experts/vqa"}]},
+            r"density \[1, None\]: some experts have none",
+        ),
+        (
+            {"merge_method": "dare_ties", "parameters": {"density": 0.5, "drop_rate": 0.1}},
+            "together under method_options.dare_ties",
+        ),
+        ({"method_options": {"ties": {"k": 1}}}, "k.*density"),
+        ({"method_options": {"tiess": {}}}, "tiess"),
+        ({"dtype": "int4"}, "dtype: .*bfloat16"),
+        ({"family": "unheard"}, "family: .*internvl"),
+        ({"seed": "many"}, "seed: .*integer"),
+        ({"scaling_coefficients": [".nan"]}, "scaling_coefficients.0"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_recipe_and_the_key(write, changes, text):
+    path = write(**changes)
+    with pytest.raises(RecipeError, match=text) as caught:
+        load_recipe(path)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_locations_with_a_revision_and_on_the_web(write):
+    models = [
+        "owner/expert@main",
+        {"model": "owner/other@refs/pr/1"},
+        {"model": "https://example.org/models/third"},
+    ]
+    recipe = load_recipe(write(models=models, base_model="owner/base@v1.0"))
+    assert recipe.base_model == "owner/base@v1.0"
+    assert recipe.experts == {
+        "expert": "owner/expert@main",
+        "other": "owner/other@refs/pr/1",
+        "third": "https://example.org/models/third",
+    }
+    for wrong in ("owner/expert@", "owner@main", "ftp://example.org/x", "a/b@c d", "https:// x"):
+        with pytest.raises(RecipeError, match=r"models.0.model: .* \(owner/name or owner/name@rev"):
+            load_recipe(write(models=[wrong]))
+
+
+def test_scope_and_remote_code(write):
+    recipe = load_recipe(write())
+    assert recipe.scope == "linear" and recipe.trust_remote_code is False
+    recipe = load_recipe(write(scope="all", trust_remote_code=True))
+    assert recipe.scope == "all" and recipe.trust_remote_code is True
+    with pytest.raises(RecipeError, match="scope: .*'linear' or 'all'"):
+        load_recipe(write(scope="vision"))
+
+
+SHIPPED = sorted((Path(__file__).resolve().parents[2] / "data" / "recipes").glob("*.yaml"))
+TO_FILL = {  # what the paper names without an owner, or not at all
+    "paper_table06_different_makers": ["Qwen2-VL-7B-GRPO-8k", "Qwen2-VL-7B-Pokemon"],
+    "paper_table09_qwen2_5_vl_32b": [
+        f"Qwen2.5-VL-32B-{task}" for task in ("OCR", "VQA", "Geometry", "Chart", "Grounding")
+    ],
+}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_recipes_load_and_every_method_takes_its_options(path, tmp_path, monkeypatch):
+    folders = TO_FILL.get(path.stem, [])
+    if folders:
+        with pytest.raises(RecipeError, match=f"'../models/{folders[0]}' is neither a folder"):
+            load_recipe(path)
+        for folder in folders:
+            (tmp_path / "models" / folder).mkdir(parents=True)
+        (tmp_path / "recipes").mkdir()
+        path = shutil.copy(path, tmp_path / "recipes")
+    recipe = load_recipe(path)
+    for method in METHODS:
+        check_method(method, recipe.options(method), len(recipe.experts))
+    if recipe.name.startswith("paper_"):
+        assert recipe.scaling_coefficients == [0.1, 0.3, 0.5, 0.7, 1.0, 1.5]
+        assert recipe.options("optmerge")["preset"] in ("full", "lora", "modality")
+        assert recipe.options("ties") == {"density": 0.2}
+        assert recipe.options("dare_task_arithmetic") == {"drop_rate": 0.2}
+        assert recipe.options("wudi") == {"learning_rate": 1e-5, "steps": 300}
+
+
+def test_the_papers_studies_are_there():
+    tables = {path.stem[6:13] for path in SHIPPED if path.stem.startswith("paper_")}
+    assert tables == {"table02", "table03", "table05", "table06", "table09"}
+
+
+@pytest.mark.parametrize(
+    "content", ["- a", "a: [", "", "\x00", "!!python/object/apply:os.getcwd []"]
+)
+def test_files_that_are_no_recipe(tmp_path, content):
+    (tmp_path / "bad.yaml").write_text(content)
+    with pytest.raises(RecipeError, match="bad.yaml"):
+        load_recipe(tmp_path / "bad.yaml")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path / "missing.yaml")

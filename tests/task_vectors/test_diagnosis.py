@@ -1,0 +1,346 @@
+"""What is measured of experts, and the findings that follow."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from optmerge_core import load_recipe, open_checkpoint, open_expert
+from optmerge_core.benchmark.experiments import subsets
+from optmerge_core.merging.families import mergeable
+from optmerge_core.methods.svd import singular_values
+from optmerge_core.task_vectors import diagnosis as module
+from optmerge_core.task_vectors import findings, spectra
+from optmerge_core.task_vectors.diagnosis import diagnose, module_of
+from optmerge_core.task_vectors.stack import TaskVectors
+from optmerge_core.task_vectors.tables import layer_norms
+
+DATA = Path(__file__).resolve().parents[2] / "data"
+NAMES = [f"model.layers.{layer}.mlp.{kind}.weight" for layer in range(3) for kind in ("up", "down")]
+
+
+def random(seed: int, scale: float = 1.0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: scale * torch.randn(48, 32, generator=generator) for name in NAMES}
+
+
+def moved(base: dict, *task_vectors: dict, dtype=torch.float32) -> dict[str, torch.Tensor]:
+    return {name: (base[name] + sum(t[name] for t in task_vectors)).to(dtype) for name in base}
+
+
+@pytest.fixture
+def base():
+    return random(0)
+
+
+@pytest.fixture
+def experts(base):
+    """Three gentle experts, 5 % of the base's norm each."""
+    return {name: moved(base, random(i, 0.05)) for i, name in enumerate("abc", 1)}
+
+
+def told(diagnosed: module.Diagnosis, word: str) -> list[findings.Finding]:
+    return [finding for finding in diagnosed.findings if word in str(finding)]
+
+
+def serious(diagnosed: module.Diagnosis) -> list[str]:
+    return [str(finding) for finding in diagnosed.findings if finding.severity != "note"]
+
+
+def study(name: str):
+    recipe = load_recipe(DATA / f"recipes/{name}.yaml")
+    base = open_checkpoint(recipe.base_model)
+    experts = {name: open_expert(folder, base) for name, folder in recipe.experts.items()}
+    names = mergeable(base.shapes(), base.config()["model_type"])
+    return diagnose(base, experts, names, options=recipe.options("optmerge"))
+
+
+def test_a_case_by_hand():
+    name = "model.layers.4.mlp.up_proj.weight"
+    base = {name: torch.tensor([[3.0, 4.0, 0.0]]), "model.norm.weight": torch.ones(2)}
+    a = {name: torch.tensor([[3.0, 4.0, 1.0]]), "model.norm.weight": torch.ones(2)}
+    b = {name: torch.tensor([[5.0, 4.0, -1.0]]), "model.norm.weight": torch.tensor([1.0, 2.0])}
+    found = diagnose(base, {"a": a, "b": b}, [name])
+    row = found.experts.loc["b"]
+    assert row["norm"] == pytest.approx(5**0.5) and row["relative_norm"] == pytest.approx(0.2**0.5)
+    assert row["cosine_with_base"] == pytest.approx((15 + 16) / (5 * 42**0.5))
+    assert row["unchanged"] == pytest.approx(1 / 3) and row["others"] == pytest.approx(1 / 5)
+    assert row["stored"] == "float32" and row["changed"] == 1
+    pair = found.pairs.loc[("a", "b")]
+    assert pair["cosine"] == pytest.approx(-1 / 5**0.5) and pair["sign_conflict"] == 1
+    assert found.layers.loc[4, "a"] == pytest.approx(1 / 5)
+    assert found.dropped.iloc[0].tolist() == ["b", "norms", 1, 1, pytest.approx(0.5**0.5)]
+    assert len(found.dropped) == 1
+
+
+def test_agrees_with_the_functions_for_whole_stacks(base, experts, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK", 100)
+    found = diagnose(base, experts, NAMES)
+    task_vectors = TaskVectors(base, experts, NAMES)
+    whole = torch.cat([task_vectors[name] for name in NAMES], 1)
+    pairs = found.pairs
+    first, second = np.triu_indices(3, 1)
+    cosines = spectra.cosine_matrix(whole)[first, second]
+    assert pairs["cosine"].to_numpy() == pytest.approx(cosines.numpy(), abs=1e-6)
+    conflicts = spectra.sign_conflict_matrix(whole)[first, second]
+    assert pairs["sign_conflict"].to_numpy() == pytest.approx(conflicts.numpy(), abs=1e-6)
+    shared = [spectra.subspace_overlap(task_vectors[name], 10)[first, second] for name in NAMES]
+    assert pairs["shared_subspace"].to_numpy() == pytest.approx(
+        torch.stack(shared).mean(0).numpy(), abs=1e-5
+    )
+    assert pairs["chance"].tolist() == pytest.approx([10 / 32] * 3)
+    norms = layer_norms(task_vectors)
+    for column in ("parameter", "layer", "kind", "expert", "size"):
+        assert found.parameters[column].tolist() == norms[column].tolist()
+    assert found.parameters["relative_norm"].to_numpy() == pytest.approx(
+        norms["relative_norm"].to_numpy(), rel=1e-5
+    )
+    values = singular_values(task_vectors[NAMES[0]])
+    ranks = found.parameters.iloc[:3]
+    assert ranks["entropy_rank"].to_numpy() == pytest.approx(spectra.entropy_rank(values).numpy())
+    assert ranks["rank"].tolist() == [32] * 3
+
+
+def test_reads_checkpoints_and_one_expert_has_no_pairs(tiny):
+    base = open_checkpoint(tiny.base)
+    names = mergeable(base.shapes(), "internvl")
+    found = diagnose(base, {"ocr": open_expert(tiny.experts["ocr"], base)}, names)
+    assert found.pairs.empty and found.dropped.empty and found.sampled_layers == [0, 1]
+    assert (
+        found.experts.loc["ocr", "stored"] == "float16" and found.experts.loc["ocr", "others"] == 0
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, 0.5, 0.25])
+def test_rounding_noise_is_estimated(base, dtype, scale):
+    """Against the noise itself: the experts before and after rounding are both known."""
+    scale *= 0.04 if dtype == torch.bfloat16 else 0.005
+    stored, exact = moved(base, dtype=dtype), random(1, scale)
+    expert = moved({name: stored[name].float() for name in NAMES}, exact, dtype=dtype)
+    noise = signal = zeros = 0
+    for name in NAMES:
+        measured = expert[name].double() - stored[name].double()
+        noise += (measured - exact[name].double()).square().sum()
+        signal += measured.square().sum()
+        zeros += (measured == 0).double().mean() / len(NAMES)
+    found = diagnose(stored, {"a": expert}, NAMES).experts.loc["a"]
+    assert found["rounding"] == pytest.approx(float(noise / signal), rel=0.15)
+    assert found["unchanged"] == pytest.approx(float(zeros))
+
+
+def test_rounding_is_the_experts_and_not_the_bases():
+    """In bfloat16 numbers between 1 and 2 lie 2^-7 apart, and 0 is exact."""
+    stored = {NAMES[0]: torch.zeros(8, 8, dtype=torch.bfloat16)}
+    found = diagnose(stored, {"a": {NAMES[0]: stored[NAMES[0]] + 1.5}}, NAMES[:1])
+    assert found.experts.loc["a", "rounding"] == pytest.approx(2**-14 / 12 / 2.25)
+    assert pd.isna(found.experts.loc["a", "relative_norm"]) and not told(found, "nan")
+
+
+def test_what_rounding_lost_is_told(base):
+    stored = moved(base, dtype=torch.bfloat16)
+    wide = {name: tensor.float() for name, tensor in stored.items()}
+    small = moved(wide, random(1, 0.001), dtype=torch.bfloat16)
+    found = diagnose(stored, {"a": small}, NAMES)
+    assert found.experts.loc["a", "rounding"] > 0.4 and found.experts.loc["a", "unchanged"] > 0.5
+    assert found.findings[0].severity == "problem" and told(found, "Get the checkpoint in float32")
+    enough = moved(wide, random(1, 0.05), dtype=torch.bfloat16)
+    assert not told(diagnose(stored, {"a": enough}, NAMES), "float32")
+
+
+class Adapter(dict):
+    """Of `adapters.Adapter`, what matters here: exact products, and which parameters it adapts."""
+
+    def __init__(self, base, factors):
+        super().__init__(base | {n: base[n].float() + b @ a for n, (b, a) in factors.items()})
+        self.factors, self.modules = factors, dict.fromkeys(factors)
+
+    def __getitem__(self, name):
+        assert name in self.modules, "all else is the base's, and need not be read"
+        return super().__getitem__(name)
+
+    def task_vector(self, name):
+        b, a = self.factors[name]
+        return b @ a
+
+
+def test_low_rank_is_seen_even_after_rounding(base):
+    stored = moved(base, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(1)
+    factors = {
+        name: (
+            0.3 * torch.randn(48, 4, generator=generator),
+            0.1 * torch.randn(4, 32, generator=generator),
+        )
+        for name in NAMES
+    }
+    adapter = Adapter(stored, factors)
+    unloaded = {name: tensor.bfloat16() for name, tensor in adapter.items()}
+    adapter["model.norm.weight"] = stored["model.norm.weight"] = torch.ones(2)
+    found = diagnose(stored, {"adapter": adapter, "unloaded": unloaded}, NAMES)
+    assert found.experts["rank"].tolist() == [4, 4]
+    assert found.experts["stored"].tolist() == ["adapter", "bfloat16"]
+    assert pd.isna(found.experts.loc["adapter", ["rounding", "unchanged"]]).all()
+    assert told(found, "Write preset: lora")
+    assert not told(diagnose(stored, {"a": adapter}, NAMES, options={"preset": "lora"}), "preset: ")
+    assert not told(diagnose(stored, {"a": adapter}, NAMES, method="ties"), "preset: ")
+
+
+def test_full_rank_asks_for_the_preset_full(base, experts):
+    assert told(diagnose(base, experts, NAMES, options={"preset": "lora"}), "Write preset: full")
+
+
+def test_gentle_experts_give_no_warning(base, experts):
+    assert serious(diagnose(base, experts, NAMES)) == []
+
+
+def test_an_expert_equal_to_the_base(base, experts):
+    found = diagnose(base, experts | {"b": dict(base)}, NAMES)
+    assert [finding.experts for finding in told(found, "vector is zero")] == [("b",)]
+    assert found.experts.loc["b", "changed"] == 0
+
+
+def test_a_zero_task_vector_says_nothing_of_the_others(base, experts):
+    same = {n: t.clone() for n, t in base.items()}
+    name = next(iter(experts))
+    found = diagnose(base, {name: experts[name], "same": same}, NAMES)
+    assert not told(found, "times as long") and not told(found, "share")
+
+
+def test_an_expert_of_another_base(base, experts):
+    other = random(9)
+    found = diagnose(base, experts | {"b": moved(other, random(2, 0.05))}, NAMES)
+    (finding,) = told(found, "another base")
+    assert finding.severity == "problem" and finding.experts == ("b",)
+
+
+def test_all_experts_of_another_base(base):
+    """Trained on from the base by three times what each expert adds: each alone looks fine."""
+    on = moved(base, random(9, 0.15))
+    experts = {name: moved(on, random(i, 0.05)) for i, name in enumerate("abc", 1)}
+    found = diagnose(base, experts, NAMES)
+    assert not told(found, "cosine 0.9 with")
+    (finding,) = told(found, "point the same way")
+    assert finding.experts == ("a", "b", "c")
+    assert not told(diagnose(on, experts, NAMES), "point the same way")
+
+
+def test_duplicates_relatives_and_opposites(base, experts):
+    tau = random(1, 0.05)
+    twice = experts | {"b": moved(base, tau, random(7, 0.001))}
+    assert told(diagnose(base, twice, NAMES), "nearly the same")[0].experts == ("a", "b")
+    related = experts | {"b": moved(base, tau, random(7, 0.05))}
+    assert told(diagnose(base, related, NAMES), "share a change")[0].experts == ("a", "b")
+    against = experts | {"b": {n: 2 * base[n] - experts["a"][n] for n in NAMES}}
+    assert told(diagnose(base, against, NAMES), "against each other")[0].experts == ("a", "b")
+
+
+def test_a_long_task_vector_is_strong_and_dominates(base, experts):
+    found = diagnose(base, experts | {"b": moved(base, random(2, 0.18))}, NAMES)
+    assert [finding.experts for finding in told(found, "times as long")] == [("b",)]
+    assert [finding.experts for finding in told(found, "Landmarks")] == [("b",)]
+    two = {"a": experts["a"], "b": moved(base, random(2, 0.18))}
+    assert told(diagnose(base, two, NAMES), "3.6 times as long")
+
+
+@pytest.mark.parametrize("method, severity", [("task_arithmetic", "warning"), ("optmerge", "note")])
+def test_a_crowded_sum(base, method, severity):
+    experts = {str(i): moved(base, random(i, 0.09)) for i in range(1, 6)}
+    found = diagnose(base, experts, NAMES, method=method)
+    (finding,) = told(found, "the other experts add")
+    assert finding.severity == severity and "λ around 0.4" in finding.remedy
+    assert found.experts["others"].to_numpy() == pytest.approx(0.18, rel=0.05)
+    half = diagnose(base, experts, NAMES, method="task_arithmetic", scaling_coefficient=0.5)
+    assert not told(half, "the other experts add")
+
+
+def test_what_the_merge_drops(base, experts):
+    rest = {
+        "model.embed_tokens.weight": torch.ones(4, 2), "model.norm.weight": torch.ones(2),
+        "visual.blocks.0.norm1.weight": torch.ones(3),
+        "visual.blocks.0.norm2.weight": torch.ones(3),
+        "model.layers.0.self_attn.q_proj.bias": torch.zeros(3), "ids": torch.arange(3),
+    }  # fmt: skip
+    changed = {
+        "model.embed_tokens.weight": torch.ones(5, 2),
+        "visual.blocks.0.norm1.weight": torch.tensor([1.0, 2.0, 1.0]),
+        "lm_head.weight": torch.ones(4, 2),
+        "ids": torch.arange(3) + 1,
+    }
+    full = {name: expert | rest for name, expert in experts.items()}
+    full["b"] |= changed
+    del full["c"]["model.norm.weight"]  # not stored: not changed
+    found = diagnose(base | rest, full, NAMES)
+    assert set(found.dropped["expert"]) == {"b"}
+    table = found.dropped.set_index("module")
+    assert set(table.index) == {"embed_tokens", "visual", "lm_head", "ids"}
+    assert table.loc["visual", ["parameters", "changed"]].tolist() == [2, 1]
+    assert table.loc["visual", "relative_norm"] == pytest.approx(6**-0.5)
+    assert table["relative_norm"].isna().sum() == 2  # other shape, not in the base
+    (finding,) = told(found, "outside the merge")
+    assert finding.experts == ("b",) and "visual (40.8%)" in finding.found
+
+
+@pytest.mark.parametrize(
+    "name, owner",
+    [
+        ("model.visual.blocks.0.norm1.weight", "visual"),
+        ("vision_tower.encoder.layers.0.mlp.fc1.bias", "vision_tower"),
+        ("vit.blocks.0.norm1.weight", "vit"),
+        ("language_model.model.embed_tokens.weight", "embed_tokens"),
+        ("lm_head.weight", "lm_head"),
+        ("model.layers.0.input_layernorm.weight", "norms"),
+        ("model.layers.0.self_attn.q_proj.bias", "biases"),
+    ],
+)
+def test_modules_outside_the_merge(name, owner):
+    assert module_of(name) == owner
+
+
+def test_costly_spectra_are_sampled(base, experts):
+    found = diagnose(base, experts, NAMES, budget=1)
+    assert found.sampled_layers == [1]
+    assert found.parameters["rank"].notna().groupby(found.parameters["layer"]).mean().tolist() == [
+        0, 1, 0,
+    ]  # fmt: skip
+    assert found.layers.index.tolist() == [0, 1, 2] and found.layers.notna().all(axis=None)
+    assert told(found, "of 1 of 3 layers (1)")
+    assert not told(diagnose(base, experts, NAMES), "of 3 layers")
+
+
+def test_landmarks_are_those_of_the_embedded_experts():
+    gentle, stressed = study("internvl"), study("internvl_stressed")
+    for found, landmark in ((gentle, findings.GENTLE), (stressed, findings.STRONG)):
+        norms = found.experts["relative_norm"]
+        assert (norms.min(), norms.max()) == pytest.approx(landmark, abs=5e-4)
+        rank = found.experts["entropy_rank"] / found.experts["full_rank"]
+        assert (rank < findings.OTHER_BASE_RANK).all()
+    assert serious(gentle) == []
+    assert len(serious(stressed)) == 1 and told(stressed, "moved by 11.0% to 17.3%")
+
+
+def test_an_embedded_expert_of_another_base_is_found():
+    """Qwen2-VL's language model was trained on from InternVL's."""
+    ours, theirs = (open_checkpoint(DATA / f"benchmark/{n}/base") for n in ("internvl", "qwen2_vl"))
+    front = "language_model."
+    names = mergeable(ours.shapes(), "internvl")
+    other = {name: theirs[name.removeprefix(front)] for name in names}
+    expert = open_checkpoint(DATA / "benchmark/internvl/gentle/OCR")
+    found = diagnose(ours, {"OCR": expert, "other": other}, names)
+    (finding,) = told(found, "another base")
+    assert finding.experts == ("other",) and "spread over" in finding.found
+
+
+def test_scores_of_sets_are_shipped_and_can_be_made_again():
+    shipped = pd.read_csv(DATA / "benchmark/subsets.csv")
+    sizes = shipped["experts"].str.count(r"\+") + 1
+    assert sizes.value_counts().to_dict() == {2: 46, 3: 44, 5: 4, 4: 1}
+    recipe = load_recipe(DATA / "recipes/qwen2_vl_various.yaml")
+    two = [model for model in recipe.models if model.name in ("OCR", "Scenes")]
+    table = subsets.score_sets(recipe.model_copy(update={"models": two}), count=2)
+    assert table["experts"].tolist() == ["OCR+Scenes"]
+    assert table.columns.tolist() == shipped.columns.tolist()
+    assert table.drop(columns=["study", "experts"]).stack().between(0, 100).all()
+    assert subsets.tasks_of("Scenes", recipe.experts["Scenes"]) == ["VQA", "Grounding"]

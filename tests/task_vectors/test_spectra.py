@@ -1,0 +1,228 @@
+"""Spectra, effective ranks, overlaps and noise floors against torch, by hand and as published."""
+
+import math
+
+import pytest
+import torch
+
+from optmerge_core.methods.svd import low_rank, randomized_low_rank, singular_values, truncated_svd
+from optmerge_core.task_vectors.spectra import (
+    cosine_matrix,
+    energy_kept,
+    entropy_rank,
+    gavish_donoho_threshold,
+    rounding_noise,
+    sign_conflict_matrix,
+    stable_rank,
+    subspace_overlap,
+)
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+MATRICES = {
+    "tall": randn(30, 12),
+    "wide": randn(12, 30),
+    "square": randn(16, 16),
+    "batch": randn(3, 2, 9, 14),
+    "decaying": randn(40, 20) * torch.logspace(0, -5, 20, dtype=torch.float64),
+    "one column": randn(8, 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("matrix", MATRICES.values(), ids=list(MATRICES))
+def test_svd_equals_torchs(matrix, dtype):
+    matrix = matrix.to(dtype)
+    U, S, Vh = truncated_svd(matrix)
+    assert U.dtype == S.dtype == Vh.dtype == dtype
+    expected = torch.linalg.svdvals(matrix)
+    largest = expected.amax().item()
+    tolerance = {torch.float32: 1e-6, torch.float64: 1e-10}[dtype] * largest
+    torch.testing.assert_close(S, expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close(singular_values(matrix), expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close((U * S.unsqueeze(-2)) @ Vh, matrix, rtol=0, atol=10 * tolerance)
+    identity = torch.eye(S.shape[-1], dtype=dtype).expand(*S.shape, -1)
+    torch.testing.assert_close(U.mT @ U, identity, rtol=0, atol=1e-5)
+    torch.testing.assert_close(Vh @ Vh.mT, identity, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["tall", "wide", "batch"])
+def test_truncation_is_the_best_approximation(name):
+    matrix = MATRICES[name]
+    for rank in (1, 4, 100):
+        U, S, Vh = truncated_svd(matrix, rank)
+        kept = min(rank, *matrix.shape[-2:])
+        assert (U.shape[-1], S.shape[-1], Vh.shape[-2]) == (kept, kept, kept)
+        error = torch.linalg.matrix_norm(matrix - (U * S.unsqueeze(-2)) @ Vh)
+        tail = torch.linalg.svdvals(matrix)[..., rank:].square().sum(-1).sqrt()
+        torch.testing.assert_close(error, tail, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match="rank is 0"):
+        truncated_svd(matrix, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("matrix", MATRICES.values(), ids=list(MATRICES))
+def test_low_rank_equals_torchs_svd(matrix, dtype):
+    matrix = matrix.to(dtype)
+    largest = torch.linalg.svdvals(matrix).amax().item()
+    tolerance = {torch.float32: 1e-6, torch.float64: 1e-9}[dtype] * largest
+    for rank in (1, 5, 100):
+        T, SVh = low_rank(matrix, rank)
+        assert T.dtype == SVh.dtype == dtype
+        U, S, Vh = (x.double() for x in torch.linalg.svd(matrix.double(), full_matrices=False))
+        U, S, Vh = U[..., :rank], S[..., :rank, None], Vh[..., :rank, :]
+        torch.testing.assert_close(T.double(), U @ (S * Vh), rtol=0, atol=10 * tolerance)
+        squares = (SVh.mT @ SVh).double()  # singular vectors have no sign of their own
+        torch.testing.assert_close(
+            squares, (S * Vh).mT @ (S * Vh), rtol=0, atol=10 * tolerance * largest
+        )
+        norms = torch.linalg.vector_norm(SVh, dim=-1).double()
+        torch.testing.assert_close(norms, S[..., 0], rtol=0, atol=tolerance)
+    for part in low_rank(torch.zeros_like(matrix), 3):
+        assert torch.equal(part, torch.zeros_like(part))
+
+
+@pytest.mark.parametrize("shape", [(90, 60), (60, 90), (2, 70, 70)])
+def test_a_sketch_is_nearly_as_good_as_the_best_approximation(shape):
+    signal = randn(*shape[:-1], 8) @ randn(8, shape[-1], seed=1)
+    for noise, excess in ((0.0, 1e-6), (0.1, 1.01), (1.0, 1.1)):
+        matrix = signal + noise * randn(*shape, seed=2)
+        best, _ = low_rank(matrix, 10)
+        found, SVh = randomized_low_rank(matrix, 10)
+        error = torch.linalg.matrix_norm(matrix - found)
+        if noise:
+            assert (error <= excess * torch.linalg.matrix_norm(matrix - best)).all()
+        else:
+            assert (error <= excess * torch.linalg.matrix_norm(matrix)).all()
+        squares = torch.linalg.matrix_norm(found).square()
+        torch.testing.assert_close(torch.linalg.matrix_norm(SVh).square(), squares)
+        again = randomized_low_rank(matrix, 10)
+        assert torch.equal(found, again[0]) and torch.equal(SVh, again[1])
+    whole, _ = randomized_low_rank(matrix, 100)  # no more than there is
+    torch.testing.assert_close(whole, matrix)
+
+
+@pytest.mark.parametrize("shape", [(20, 12), (12, 20)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_what_is_not_resolved_is_exactly_zero(shape, dtype):
+    matrix = (randn(shape[0], 3) @ randn(3, shape[1], seed=1)).to(dtype)
+    U, S, Vh = truncated_svd(matrix)
+    assert S.count_nonzero() == singular_values(matrix).count_nonzero() == 3
+    assert torch.equal(U[:, 3:], torch.zeros_like(U[:, 3:]))
+    assert torch.equal(Vh[3:], torch.zeros_like(Vh[3:]))
+    torch.testing.assert_close(U * S @ Vh, matrix)
+    for part in truncated_svd(torch.zeros(2, *shape, dtype=dtype)):
+        assert torch.equal(part, torch.zeros_like(part))
+
+
+def test_svd_leaves_its_input():
+    matrix = MATRICES["tall"].clone()
+    truncated_svd(matrix)
+    singular_values(matrix)
+    assert torch.equal(matrix, MATRICES["tall"])
+
+
+def test_effective_ranks_by_hand():
+    flat, steep = torch.tensor([2.0, 2, 2, 2, 0]), torch.tensor([2.0, 1, 1, 0, 0])
+    spectra = torch.stack([flat, steep, torch.zeros(5)])
+    torch.testing.assert_close(stable_rank(spectra), torch.tensor([4.0, 1.5, 0.0]))
+    entropy = -(4 / 6) * math.log(4 / 6) - 2 * (1 / 6) * math.log(1 / 6)
+    torch.testing.assert_close(entropy_rank(spectra), torch.tensor([4.0, math.exp(entropy), 0.0]))
+    expected = torch.tensor([[0.25, 0.5, 0.75, 1, 1], [4 / 6, 5 / 6, 1, 1, 1], [1.0, 1, 1, 1, 1]])
+    torch.testing.assert_close(energy_kept(spectra), expected)
+
+
+def test_cosines_by_hand():
+    task_vectors = torch.tensor([[1.0, 0], [1, 1], [-2, 0], [0, 0]]).view(4, 1, 2)
+    half = math.sqrt(0.5)
+    expected = torch.tensor([[1, half, -1, 0], [half, 1, -half, 0], [-1, -half, 1, 0], [0] * 4])
+    torch.testing.assert_close(cosine_matrix(task_vectors), expected)
+
+
+def test_sign_conflicts_by_hand():
+    """Experts 0 and 1 share three nonzero entries and differ in one; 2 shares none with 1."""
+    task_vectors = torch.tensor([[1.0, -2, 3, 4, 0], [2, -1, -3, 0, 5], [0, 0, 0, -1e-30, 0]])
+    expected = torch.tensor([[0, 1 / 3, 1], [1 / 3, 0, 0], [1, 0, 0]])
+    torch.testing.assert_close(sign_conflict_matrix(task_vectors), expected)
+
+
+def test_subspace_overlap_by_hand():
+    """Input directions e1, (e1 + e2)/√2, e3; all outputs e1."""
+    task_vectors = torch.zeros(3, 4, 3)
+    task_vectors[0, 0, 0] = 2
+    task_vectors[1, 0, :2] = 5
+    task_vectors[2, 0, 2] = 1
+    expected = torch.tensor([[1, 0.5, 0], [0.5, 1, 0], [0, 0, 1]])
+    torch.testing.assert_close(subspace_overlap(task_vectors, 1), expected)
+    torch.testing.assert_close(subspace_overlap(task_vectors, 1, side="output"), torch.ones(3, 3))
+    torch.testing.assert_close(subspace_overlap(task_vectors, 2), expected / 2)
+    with pytest.raises(ValueError, match="side is 'both'; valid are 'input', 'output'"):
+        subspace_overlap(task_vectors, 1, side="both")
+
+
+def test_random_subspaces_overlap_by_chance():
+    overlap = subspace_overlap(randn(12, 60, 40), rank=10)
+    off_diagonal = overlap[~torch.eye(12, dtype=torch.bool)]
+    assert off_diagonal.mean().item() == pytest.approx(10 / 40, abs=0.01)
+    torch.testing.assert_close(overlap.diagonal(), torch.ones(12).double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_rounding_noise_is_what_rounding_does(dtype):
+    """Ideal weights, rounded: the expected norm is the measured one to a percent or two."""
+    base = randn(400, 300) * 0.02
+    expert = base + randn(400, 300, seed=1) * 1e-3
+    stored_base, stored_expert = base.to(dtype), expert.to(dtype)
+    error = (stored_expert.double() - stored_base.double()) - (expert - base)
+    expected = rounding_noise(stored_base, stored_expert)
+    assert expected.shape == base.shape
+    assert expected.norm().item() == pytest.approx(error.norm().item(), rel=0.02)
+    own_share = rounding_noise(base, stored_expert)
+    error = stored_expert.double() - expert
+    assert own_share.norm().item() == pytest.approx(error.norm().item(), rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_rounding_noise_by_hand(dtype):
+    """From 1 to below 2 the spacing is eps; zeros and subnormals have the smallest there is."""
+    grid = torch.finfo(dtype)
+    values = torch.tensor([1.0, -1.9, 2.0, 0.75, 0.0, grid.smallest_normal / 4]).to(dtype)
+    smallest = grid.smallest_normal * grid.eps
+    ulps = torch.tensor([1, 1, 2, 0.5]).double() * grid.eps
+    ulps = torch.cat([ulps, torch.tensor([smallest, smallest]).double()])
+    torch.testing.assert_close(
+        rounding_noise(values, values), ulps * math.sqrt(2 / 12), rtol=1e-12, atol=0
+    )
+
+
+def test_gavish_donoho_published_values():
+    assert gavish_donoho_threshold(100, 100, noise=1.0) == pytest.approx(10 * 4 / math.sqrt(3))
+    ones = torch.ones(100)
+    assert gavish_donoho_threshold(100, 100, singular_values=ones) == pytest.approx(2.858, abs=5e-4)
+    # The paper's cubic approximation of ω(β), good to 0.02.
+    for beta in (0.05, 0.1, 0.25, 0.5, 0.75, 1.0):
+        published = 0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43
+        rows, columns = round(400 * beta), 400
+        omega = gavish_donoho_threshold(rows, columns, singular_values=torch.ones(rows))
+        assert omega == pytest.approx(published, abs=0.021)
+        assert omega == gavish_donoho_threshold(columns, rows, singular_values=torch.ones(rows))
+
+
+@pytest.mark.parametrize("shape", [(200, 200), (300, 100)])
+def test_gavish_donoho_separates_signal_from_noise(shape):
+    noise = 0.3 * randn(*shape)
+    signal = 20 * torch.linalg.qr(randn(shape[0], 3, seed=1)).Q @ randn(3, shape[1], seed=2)
+    values = torch.linalg.svdvals(noise + signal)
+    known = gavish_donoho_threshold(*shape, noise=0.3)
+    unknown = gavish_donoho_threshold(*shape, singular_values=values)
+    assert unknown == pytest.approx(known, rel=0.05)
+    assert (values > known).sum() == (values > unknown).sum() == 3
+
+
+def test_gavish_donoho_needs_one_source_of_noise():
+    for options in ({}, {"noise": 1.0, "singular_values": torch.ones(3)}):
+        with pytest.raises(ValueError, match="noise or singular_values"):
+            gavish_donoho_threshold(3, 3, **options)

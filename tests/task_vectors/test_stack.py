@@ -1,0 +1,109 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optmerge_core.checkpoints.open import open_checkpoint
+from optmerge_core.merging.merge import model_thresholds
+from optmerge_core.task_vectors.stack import TaskVectors, apply, derive_seed
+from optmerge_core.task_vectors.tables import layer_norms, magnitudes
+
+NAME = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def toy() -> TaskVectors:
+    base = {NAME: torch.tensor([[3.0, 4.0]]), "x": torch.zeros(2, 2)}
+    experts = {
+        "a": {NAME: torch.tensor([[3.0, 5.0]]), "x": torch.ones(2, 2)},
+        "b": {NAME: torch.tensor([[6.0, 0.0]]), "x": -torch.ones(2, 2)},
+    }
+    return TaskVectors(base, experts, [NAME])
+
+
+def test_stack_is_expert_minus_base_in_float32(toy):
+    assert toy[NAME].tolist() == [[[0.0, 1.0]], [[3.0, -4.0]]]
+    assert toy[NAME].dtype == torch.float32
+    assert toy.expert_names == ["a", "b"]
+    assert list(toy) == [NAME] and len(toy) == 1 and "x" not in toy
+
+
+def test_difference_of_halves_is_not_rounded_to_half():
+    base, expert = torch.tensor([1.0]).half(), torch.tensor([0.0001]).half()
+    stack = TaskVectors({"w": base}, {"a": {"w": expert}}, ["w"])["w"]
+    assert torch.equal(stack[0], expert.float() - base.float())
+    assert not torch.equal(stack[0], (expert - base).float())
+
+
+def test_reads_checkpoints_lazily(tiny):
+    experts = {name: open_checkpoint(folder) for name, folder in tiny.experts.items()}
+    base = open_checkpoint(tiny.base)
+    name = "language_model.model.layers.0.mlp.up_proj.weight"
+    stack = TaskVectors(base, experts, [name])[name]
+    assert stack.shape == (3, 48, 32)
+    assert torch.equal(stack[1], experts["ocr"][name].float() - base[name].float())
+
+
+def test_errors_name_parameter_expert_and_shapes(toy):
+    with pytest.raises(ValueError, match="no experts"):
+        TaskVectors(toy.base, {}, [NAME])
+    toy.experts["b"][NAME] = torch.zeros(2, 1)
+    with pytest.raises(ValueError, match=rf"{NAME}: expert b has shape \(2, 1\).*\(1, 2\)"):
+        toy[NAME]
+    del toy.experts["b"][NAME]
+    with pytest.raises(ValueError, match="expert b does not have it"):
+        toy[NAME]
+
+
+def test_apply_works_in_float32_and_keeps_the_dtype():
+    base, merged = torch.tensor([1.0]).half(), torch.tensor([0.0007])
+    assert apply(base, merged, 1.5).dtype == torch.float16
+    assert torch.equal(apply(base, merged, 1.5), (base.float() + 1.5 * merged).half())
+    assert apply(base, merged, 1.5, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_layer_norms(toy):
+    table = layer_norms(toy).set_index("expert")
+    assert table.loc["b", ["parameter", "layer", "kind", "size"]].tolist() == [
+        NAME, 1, "up_proj", 2,
+    ]  # fmt: skip
+    assert table.loc["b", "norm"] == 5 and table.loc["b", "base_norm"] == 5
+    assert table.loc["b", "norm_per_parameter"] == 2.5
+    assert table.loc["a", "relative_norm"] == pytest.approx(0.2)
+
+
+def test_magnitudes_sample_the_same_entries_of_every_expert():
+    base = {"w": torch.zeros(40, 50), "v": torch.zeros(3)}
+    values = torch.randperm(2000).float().view(40, 50)
+    experts = {"a": {"w": values, "v": torch.ones(3)}, "b": {"w": -values, "v": torch.ones(3)}}
+    table = magnitudes(TaskVectors(base, experts, ["w", "v"]), sample=100, seed=1)
+    drawn = {
+        key: rows["magnitude"].to_numpy() for key, rows in table.groupby(["expert", "parameter"])
+    }
+    assert np.array_equal(drawn["a", "w"], drawn["b", "w"])
+    assert len(set(drawn["a", "w"])) == 100 and len(drawn["a", "v"]) == 3
+    assert table.groupby("expert")["weight"].sum().tolist() == [2003, 2003]
+    again = magnitudes(TaskVectors(base, experts, ["v", "w"]), sample=100, seed=1)
+    assert np.array_equal(
+        again.query("expert == 'a' and parameter == 'w'")["magnitude"], drawn["a", "w"]
+    )
+
+
+def test_derived_seeds_differ():
+    assert len({derive_seed(0, "a", "b"), derive_seed(1, "a", "b"), derive_seed(0, "ab", "")}) == 3
+    assert 0 <= derive_seed(0, "a") < 2**63
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.floats(-2, 2, width=32), min_size=1, max_size=40),
+    st.floats(0.01, 1),
+    st.integers(1, 3),
+)
+def test_model_thresholds_equal_sorting_the_whole_model(values, density, parts):
+    whole = torch.tensor([values, [0.5 * value for value in reversed(values)]])
+    stacks = [part for part in whole.tensor_split(parts, dim=1) if part.numel()]
+    k = int((1 - density) * len(values))
+    expected = whole.abs().sort(dim=1).values[:, k - 1] if k else torch.zeros(2)
+    assert torch.equal(model_thresholds(stacks.__getitem__, range(len(stacks)), density), expected)
