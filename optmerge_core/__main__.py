@@ -195,19 +195,19 @@ def _validation_score(options: argparse.Namespace):
         if recipe.evaluation.data is None:
             return None
         # the package itself needs no benchmark
-        from optmerge_core.evaluation.evaluator import Evaluator
+        from optmerge_core.benchmark.evaluator import evaluator_for
         from optmerge_core.evaluation.metrics import accuracy
         from optmerge_core.evaluation.questions import load_split
 
         count = recipe.evaluation.validation_samples
         data = load_split(recipe.evaluation.data, "validation", count)
-        evaluator = Evaluator(
+        evaluator = evaluator_for(
             recipe.base_model,
             data,
             device=options.device,
             trust_remote_code=recipe.trust_remote_code,
         )
-        return lambda *merged: accuracy(evaluator.merged(*merged)).to_dict()
+        return lambda *merged: accuracy(evaluator.answer_merged(*merged)).to_dict()
 
     return score_of
 

@@ -1,20 +1,19 @@
 """Questions to real checkpoints: prompts by their own chat template, pictures, answers as said.
 
-The embedded families answer with one word or location tokens and nothing else; a model with a
-vocabulary of its own has to be told what form an answer should have, and is read more leniently.
+A model with a vocabulary of its own has to be told what form an answer should have.
 """
 
 import re
+from pathlib import Path
 
 import transformers
 from PIL import Image
 from transformers import AutoProcessor, ProcessorMixin
 
 from optmerge_core.checkpoints.formats import read_json
-from optmerge_core.evaluation.metrics import is_box
+from optmerge_core.evaluation.metrics import box, metric_of
 
 SIDE = 448  # pixels that the shorter side of a picture has at least
-MAX_NEW_TOKENS = 64  # a box in JSON, digit by digit, takes about 45
 WORD = "Answer with a single word, a number in digits or the characters alone."
 BOX = (
     "Answer with its box alone, as four numbers from 0 to 1000: left, top, right, bottom, where "
@@ -28,6 +27,7 @@ def load_processor(folder, trust_remote_code=False):
     Raises `ValueError` for a folder that has none, or whose processor is Python code of its own
     that has not been allowed to run.
     """
+    folder = Path(folder)
     try:
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ImportError, OSError) as error:
@@ -48,11 +48,16 @@ def load_processor(folder, trust_remote_code=False):
     return processor
 
 
-def _image_only(folder, error):
-    """A stock processor without its part for videos, which needs torchvision and its own file."""
+def processor_class(folder):
+    """The name of a folder's processor class, as its files say; "" where they do not."""
     files = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
     found = (read_json(folder / name) for name in files if (folder / name).is_file())
-    name = next((config["processor_class"] for config in found if "processor_class" in config), "")
+    return next((config["processor_class"] for config in found if "processor_class" in config), "")
+
+
+def _image_only(folder, error):
+    """A stock processor without its part for videos, which needs torchvision and its own file."""
+    name = processor_class(folder)
     stock = getattr(transformers, name or "-", None)
     if not (isinstance(stock, type) and issubclass(stock, ProcessorMixin)):
         raise ImportError(
@@ -79,18 +84,18 @@ def enlarged(image):
     return image.resize([round(side * factor) for side in image.size], Image.Resampling.BICUBIC)
 
 
-def messages(image, question, answer):
+def messages(sample):
     """The conversation up to the model's answer; of the right answer only its form is told."""
-    text = f"{question}\n{BOX if is_box(answer) else WORD}"
-    content = [{"type": "image", "image": enlarged(image)}, {"type": "text", "text": text}]
+    text = f"{sample['question']}\n{BOX if metric_of(sample) is box else WORD}"
+    image = enlarged(sample["image"])
+    content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
     return [{"role": "user", "content": content}]
 
 
-def prepare(processor, items):
-    """What `generate` takes for some samples (image, question, answer), padded on the left."""
-    conversations = [messages(i["image"], i["question"], i["answer"]) for i in items]
+def prepare(processor, samples):
+    """What `generate` takes for samples (image, question, answer, task), padded on the left."""
     return processor.apply_chat_template(
-        conversations,
+        [messages(sample) for sample in samples],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,

@@ -1,17 +1,16 @@
-"""Each task's own metric, and accuracies from answers."""
+"""Metrics: how a task's answers are scored; and accuracies from answers.
+
+The tasks' metrics are those of the paper's benchmarks: exact match (VQA, Geometry, OCR), relaxed
+accuracy (Chart, as ChartQA has it) and IoU of boxes (Grounding, as RefCOCO has it).
+"""
 
 import re
 
 import pandas as pd
 
-from optmerge_core.benchmark.tasks.scenes import BIN, IMAGE_SIZE
-
 NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?!\w)")
-
-
-def is_box(answer):
-    """Whether a right answer is a box: location tokens, or four numbers in brackets."""
-    return answer.startswith(("<loc", "["))
+LOCATIONS = 14  # location tokens, <loc0> … <loc14>, count fourteenths of the picture
+BOX_START = ("<loc", "[")
 
 
 def normalised(text):
@@ -25,7 +24,7 @@ def found_box(text):
     None where there are fewer. Location tokens count in their own unit.
     """
     tokens = re.findall(r"<loc(\d+)>", text)
-    numbers, unit = (tokens, IMAGE_SIZE / BIN) if tokens else (NUMBER.findall(text), 1000)
+    numbers, unit = (tokens, LOCATIONS) if tokens else (NUMBER.findall(text), 1000)
     return [float(n) / unit for n in numbers[-4:]] if len(numbers) >= 4 else None
 
 
@@ -38,22 +37,61 @@ def box_iou(first, second):
     return overlap / (sum(areas) - overlap) if sum(areas) > overlap else 0.0
 
 
-def is_correct(task, kind, prediction, answer):
-    """The task's metric: IoU >= 0.5 (boxes), within 5 % (chart values), else exact match."""
-    if answer.startswith("<loc"):
-        boxes = [[int(v) for v in re.findall(r"<loc(\d+)>", text)] for text in (prediction, answer)]
-        return len(boxes[0]) == 4 and box_iou(*boxes) >= 0.5
-    if task == "Chart" and kind in ("value", "percent"):
-        return prediction.isdecimal() and abs(int(prediction) - int(answer)) <= 0.05 * int(answer)
+def exact(prediction, answer):
     return prediction == answer
 
 
-def is_right(task, kind, prediction, answer):
-    """The same metric for a real checkpoint's answer: its form counts less, see `chat`."""
-    if is_box(answer):
-        boxes = found_box(prediction), found_box(answer)
-        return None not in boxes and box_iou(*boxes) >= 0.5
-    return is_correct(task, kind, normalised(prediction), normalised(answer))
+def relaxed(prediction, answer):
+    """Within 5 % where the answer is a number, else exact match."""
+    if not (NUMBER.fullmatch(prediction) and NUMBER.fullmatch(answer)):
+        return prediction == answer
+    return abs(float(prediction) - float(answer)) <= 0.05 * float(answer)
+
+
+def box(prediction, answer):
+    """IoU >= 0.5, in whatever form the boxes are written."""
+    boxes = found_box(prediction), found_box(answer)
+    return None not in boxes and box_iou(*boxes) >= 0.5
+
+
+METRICS = {
+    "VQA": exact,
+    "Geometry": exact,
+    "Chart": relaxed,
+    "OCR": exact,
+    "Grounding": box,
+    "OCR+Grounding": box,
+}
+"""Task -> metric(prediction, answer) -> whether it is right."""
+NAMES = {metric.__name__: metric for metric in (exact, relaxed, box)}
+"""What the column `metric` of a user's own questions may say."""
+
+
+def metric_of(sample):
+    """The metric of a question, a mapping with task and answer, and metric where the data has it.
+
+    The name in its column `metric` (a key of NAMES) decides, else its task's entry in METRICS. Of
+    any other task, a box in brackets or location tokens is scored as a box, all else by exact
+    match. Raises `ValueError` for an unknown name, and for a box metric of an answer that is none.
+    """
+    name, task, answer = sample.get("metric"), sample["task"], sample["answer"]
+    if name and name not in NAMES:
+        raise ValueError(f"{task}: metric {name!r} is unknown; give one of {', '.join(NAMES)}")
+    default = box if answer.startswith(BOX_START) else exact
+    metric = NAMES[name] if name else METRICS.get(task, default)
+    if metric is box and found_box(answer) is None:
+        raise ValueError(
+            f"{task}: the answer {answer!r} is no box; name another metric ({', '.join(NAMES)}) "
+            "in the column metric of its questions"
+        )
+    return metric
+
+
+def is_correct(metric, prediction, answer):
+    """A model's answer in its own words: of a word or number, case, units and quotes count not."""
+    if metric is box:
+        return box(prediction, answer)
+    return metric(normalised(prediction), normalised(answer))
 
 
 def accuracy(answers, tasks=None):

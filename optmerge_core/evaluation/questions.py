@@ -6,13 +6,13 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Image, concatenate_datasets
 from datasets.table import InMemoryTable
 
-from optmerge_core.benchmark.tasks.samples import TASKS
+from optmerge_core.evaluation.metrics import METRICS
 
 
 def tasks_of(folder):
     """The tasks that a folder of questions has, `<folder>/validation/<task>.parquet`.
 
-    Those of the embedded benchmark first, in its order. Raises `ValueError` if there is none.
+    Those that METRICS knows first, in its order. Raises `ValueError` if there is none.
     """
     found = {path.stem for path in Path(folder or "", "validation").glob("*.parquet")}
     if not folder or not found:
@@ -20,14 +20,15 @@ def tasks_of(folder):
             f"evaluation.data {folder!r}: a recipe needs a folder with <split>/<task>.parquet in "
             "validation and test (columns image, question, answer), as data/benchmark/questions is"
         )
-    return [*(t for t in TASKS if t in found), *sorted(found - set(TASKS))]
+    return [*(t for t in METRICS if t in found), *sorted(found - set(METRICS))]
 
 
 def load_split(folder, split, count=None, tasks=None):
     """The questions of a split as one `datasets.Dataset`, `count` per task (None: all).
 
     tasks: their names, by default all that the folder has. Columns: image, question, answer, kind,
-    task; a file without the last two gets its own name for them.
+    task; a file without the last two gets its own name for them. A column metric may say how
+    answers are scored (`metrics.metric_of`).
     """
     parts = []
     for task in tasks_of(folder) if tasks is None else tasks:

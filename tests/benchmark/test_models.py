@@ -6,10 +6,10 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from optmerge_core import open_checkpoint
+from optmerge_core.benchmark.evaluator import EmbeddedEvaluator, evaluator_for
 from optmerge_core.benchmark.models.registry import EMBEDDED_FAMILIES, build_model, build_processor
 from optmerge_core.benchmark.tasks.samples import TASKS, make_dataset, sample
 from optmerge_core.benchmark.training.experts import Collate
-from optmerge_core.evaluation.evaluator import MAX_NEW_TOKENS, Evaluator
 from optmerge_core.merging.families import mergeable
 
 
@@ -99,12 +99,14 @@ def test_evaluator_answers_as_generate_does(processor, family, tmp_path):
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     data = make_dataset("VQA", "validation", 6)
-    table = Evaluator(tmp_path, data).answer()
+    table = evaluator_for(tmp_path, data).answer()
     for index, item in enumerate(data):
         inputs = processor(
             images=[item["image"]], text=[processor.prompt(item["question"])], return_tensors="pt"
         )
-        tokens = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+        tokens = model.generate(
+            **inputs, max_new_tokens=EmbeddedEvaluator.max_new_tokens, do_sample=False
+        )
         text = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         assert table.loc[index, "prediction"] == text
 

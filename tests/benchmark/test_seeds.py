@@ -7,10 +7,10 @@ import pandas as pd
 import pytest
 
 from optmerge_core import METHODS, load_recipe
+from optmerge_core.benchmark.evaluator import evaluator_for
 from optmerge_core.benchmark.experiments import ranks, seeds
 from optmerge_core.benchmark.experiments.variants import ablation, beyond
 from optmerge_core.benchmark.tasks.samples import TASKS
-from optmerge_core.evaluation.evaluator import Evaluator
 from optmerge_core.evaluation.questions import load_split
 
 
@@ -27,7 +27,7 @@ def test_evaluate_has_a_row_for_every_model(monkeypatch):
     study = load_recipe("data/recipes/qwen2_vl.yaml")
     monkeypatch.setattr(seeds, "METHODS", {m: METHODS[m] for m in ("weight_average", "tsv")})
     few = study.model_copy(update={"scaling_coefficients": [1.0, 3.0]})
-    questions = Evaluator(study.base_model, load_split(study.evaluation.data, "validation", 8))
+    questions = evaluator_for(study.base_model, load_split(study.evaluation.data, "validation", 8))
     experts = seeds.expert_folders(few, "not made", seeds.SHIPPED_SEED)
     assert experts == study.experts
     table = seeds.evaluate(few, experts, questions, questions)

@@ -188,7 +188,7 @@ def test_modalities_are_swept_too(family, tmp_path):
 
 def test_command_on_embedded_models_with_two_questions_a_task(tmp_path, capsys):
     """Accuracies equal the evaluator's own; λ = 0 is the base model."""
-    from optmerge_core.evaluation.evaluator import Evaluator
+    from optmerge_core.benchmark.evaluator import evaluator_for
     from optmerge_core.evaluation.metrics import accuracy
     from optmerge_core.evaluation.questions import load_split
 
@@ -208,12 +208,12 @@ def test_command_on_embedded_models_with_two_questions_a_task(tmp_path, capsys):
         text in shown.out for text in ("small", "task_arithmetic", "Geometry", "interference loss")
     )
     table = pd.read_csv(tmp_path / "out" / "figures" / "tablexx_sweep.csv")
-    evaluator = Evaluator(study.base_model, load_split(study.evaluation.data, "validation", 2))
+    evaluator = evaluator_for(study.base_model, load_split(study.evaluation.data, "validation", 2))
     base = open_checkpoint(study.base_model)
     own = [open_checkpoint(content["models"][i]["model"]) for i in range(2)]
     names = mergeable(base.shapes(), "internvl")
     merged = {n: sum(e[n].float() for e in own) - 2 * base[n].float() for n in names}
-    for row, answers in enumerate((evaluator.answer(), evaluator.merged(base, merged, 1.0))):
+    for row, answers in enumerate((evaluator.answer(), evaluator.answer_merged(base, merged, 1.0))):
         expected = accuracy(answers)
         assert table.loc[row, list(expected.index)].tolist() == pytest.approx(expected.tolist())
 

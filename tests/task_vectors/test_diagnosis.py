@@ -343,4 +343,4 @@ def test_scores_of_sets_are_shipped_and_can_be_made_again():
     assert table["experts"].tolist() == ["OCR+Scenes"]
     assert table.columns.tolist() == shipped.columns.tolist()
     assert table.drop(columns=["study", "experts"]).stack().between(0, 100).all()
-    assert subsets.tasks_of("Scenes", recipe.experts["Scenes"]) == ["VQA", "Grounding"]
+    assert subsets.trained_tasks("Scenes", recipe.experts["Scenes"]) == ["VQA", "Grounding"]

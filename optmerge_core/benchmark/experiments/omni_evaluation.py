@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from optmerge_core.benchmark.evaluator import by_length
 from optmerge_core.benchmark.models.omni import (
     MODALITIES,
     feature_extractor,
@@ -18,7 +19,6 @@ from optmerge_core.benchmark.models.omni import (
     prompt,
 )
 from optmerge_core.benchmark.tasks.clips import NEEDS, clip, questions
-from optmerge_core.evaluation.evaluator import by_length
 from optmerge_core.omni import OmniForConditionalGeneration
 
 MAX_NEW_TOKENS = 4

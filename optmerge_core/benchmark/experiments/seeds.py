@@ -13,9 +13,9 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from optmerge_core import METHODS, load_recipe, open_checkpoint, open_expert
+from optmerge_core.benchmark.evaluator import evaluator_for
 from optmerge_core.benchmark.experiments.variants import ablation, beyond
 from optmerge_core.benchmark.training.experts import build
-from optmerge_core.evaluation.evaluator import Evaluator
 from optmerge_core.evaluation.metrics import accuracy
 from optmerge_core.evaluation.questions import load_split
 from optmerge_core.evaluation.selection import best_scaling, search_scaling
@@ -42,7 +42,7 @@ def evaluators(study):
     size = study.evaluation
     counts = {"validation": size.validation_samples, "test": size.test_samples}
     return (
-        Evaluator(study.base_model, load_split(size.data, split, count))
+        evaluator_for(study.base_model, load_split(size.data, split, count))
         for split, count in counts.items()
     )
 
@@ -66,14 +66,14 @@ def evaluate(study, experts, validation, test):
     }
 
     def score(method, scaling):
-        return accuracy(validation.merged(base, merged[method], scaling))["Avg"]
+        return accuracy(validation.answer_merged(base, merged[method], scaling))["Avg"]
 
     scaling = best_scaling(search_scaling(score, variants, study.scaling_coefficients))
     others = {n: open_expert(folder, base) for n, folder in study.evaluation.references.items()}
     rows = {"base_model": accuracy(test.answer())}
     for name, model in (opened | others).items():
         rows[name] = accuracy(test.answer({n: model[n] for n in names}))
-    rows |= {m: accuracy(test.merged(base, merged[m], scaling[m])) for m in variants}
+    rows |= {m: accuracy(test.answer_merged(base, merged[m], scaling[m])) for m in variants}
     return pd.DataFrame(rows).T.rename_axis("model")
 
 

@@ -14,8 +14,8 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from optmerge_core import load_recipe, open_checkpoint, open_expert
+from optmerge_core.benchmark.evaluator import evaluator_for
 from optmerge_core.benchmark.tasks.samples import TASKS
-from optmerge_core.evaluation.evaluator import Evaluator
 from optmerge_core.evaluation.metrics import accuracy
 from optmerge_core.evaluation.questions import load_split
 from optmerge_core.merging.families import mergeable
@@ -29,7 +29,7 @@ MERGES = {  # column -> method, scaling coefficient (None: the recipe's)
 }
 
 
-def tasks_of(name, location):
+def trained_tasks(name, location):
     """The tasks an expert was trained on: what it is called, or what its log says."""
     log = Path(f"{location}.json")
     return [name] if name in TASKS else json.loads(log.read_text())["tasks"]
@@ -44,9 +44,9 @@ def score_sets(study, count=300):
     base = open_checkpoint(study.base_model)
     names = mergeable(base.shapes(), base.config()["model_type"])
     experts = {name: open_expert(folder, base) for name, folder in study.experts.items()}
-    tasks = {name: tasks_of(name, folder) for name, folder in study.experts.items()}
+    tasks = {name: trained_tasks(name, folder) for name, folder in study.experts.items()}
     questions = {t: load_split(study.evaluation.data, "validation", count, [t]) for t in TASKS}
-    evaluators = {t: Evaluator(study.base_model, data) for t, data in questions.items()}
+    evaluators = {t: evaluator_for(study.base_model, data) for t, data in questions.items()}
 
     def mean(answer, own):
         return sum(accuracy(answer(evaluators[t]), [t])[t] for t in own) / len(own)
@@ -70,7 +70,7 @@ def score_sets(study, count=300):
             merged = merge_tensors(
                 base, opened, names, method=method, method_options=study.options(method)
             )
-            row[column] = mean(lambda e, v=merged, c=scaling: e.merged(base, v, c), own)
+            row[column] = mean(lambda e, v=merged, c=scaling: e.answer_merged(base, v, c), own)
         rows.append(row)
     return pd.DataFrame(rows)
 

@@ -1,9 +1,12 @@
 """The benchmark's model families: random models and processors of the real transformers classes."""
 
 from optmerge_core.benchmark.models import internvl, qwen2vl
+from optmerge_core.benchmark.models.family import Prompts
 
 EMBEDDED_FAMILIES = {"internvl": internvl, "qwen2_vl": qwen2vl}
 """config.json's `model_type` -> module with `build_processor` and `build_model`."""
+PROCESSORS = [kind.__name__ for kind in Prompts.__subclasses__()]
+"""Names of their processors' classes, by which their folders are known."""
 
 
 def build_processor(family="internvl"):
