@@ -20,7 +20,6 @@ TOP_LEVEL = {
     *("environment.yml", "pyproject.toml", "requirements.txt"),
     *("optmerge_core", "notebooks", "data", "figures", "tests"),
 }
-MAX_LINES = 350
 MAX_DATA_BYTES = 150e6
 PYTHONS = ("3.11", "3.12", "3.13")
 
@@ -104,14 +103,6 @@ def test_every_import_of_the_core_is_declared():
 def test_top_level_holds_only_what_belongs_there():
     names = {path.relative_to(ROOT).parts[0] for path in repository_files()}
     assert {name for name in names if not name.startswith(".")} <= TOP_LEVEL
-
-
-def test_core_files_are_short():
-    lengths = {
-        str(path.relative_to(ROOT)): len(path.read_text().splitlines())
-        for path in (ROOT / "optmerge_core").rglob("*.py")
-    }
-    assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
 
 
 def test_no_index_address_and_no_absolute_path():

@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 import pandas as pd
 from tqdm.auto import tqdm
 
-from optmerge_core import METHODS, load_recipe
 from optmerge_core.benchmark.experiments.omni_evaluation import (
     OmniEvaluator,
     accuracies,
@@ -24,9 +23,11 @@ from optmerge_core.checkpoints.open import open_checkpoint
 from optmerge_core.evaluation.selection import best_scaling, search_scaling
 from optmerge_core.merging.families import mergeable
 from optmerge_core.merging.merge import merge_tensors
+from optmerge_core.methods.registry import METHODS
 from optmerge_core.omni import compose
 from optmerge_core.omni.online import TEXT, online_weights, route
 from optmerge_core.omni.specialists import LanguageModel, open_specialist
+from optmerge_core.study.recipe import load_recipe
 
 MERGES = [method for method in METHODS if not method.startswith("dare")]
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from optmerge_core import load_recipe
 from optmerge_core.benchmark.experiments.seeds import SHIPPED_SEED, evaluate, evaluators
 from optmerge_core.benchmark.tasks.samples import TASKS
 from optmerge_core.benchmark.training.experts import REGIMES, fine_tune, save
+from optmerge_core.study.recipe import load_recipe
 
 RANKS = {f"rank {rank}": REGIMES["qwen2_vl"]["lora"] | {"rank": rank} for rank in (4,)}
 SETTINGS = RANKS | {"full": REGIMES["internvl"]["gentle"]}

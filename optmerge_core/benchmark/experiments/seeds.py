@@ -12,15 +12,17 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from optmerge_core import METHODS, load_recipe, open_checkpoint, open_expert
 from optmerge_core.benchmark.evaluator import evaluator_for
 from optmerge_core.benchmark.experiments.variants import ablation, beyond
 from optmerge_core.benchmark.training.experts import build
+from optmerge_core.checkpoints.open import open_checkpoint, open_expert
 from optmerge_core.evaluation.metrics import accuracy
 from optmerge_core.evaluation.questions import load_split
 from optmerge_core.evaluation.selection import best_scaling, search_scaling
 from optmerge_core.merging.families import mergeable
 from optmerge_core.merging.merge import merge_tensors
+from optmerge_core.methods.registry import METHODS
+from optmerge_core.study.recipe import load_recipe
 
 SHIPPED_SEED, OTHERS = 1, (11, 21)
 

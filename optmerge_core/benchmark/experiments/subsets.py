@@ -13,13 +13,14 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from optmerge_core import load_recipe, open_checkpoint, open_expert
 from optmerge_core.benchmark.evaluator import evaluator_for
 from optmerge_core.benchmark.tasks.samples import TASKS
+from optmerge_core.checkpoints.open import open_checkpoint, open_expert
 from optmerge_core.evaluation.metrics import accuracy
 from optmerge_core.evaluation.questions import load_split
 from optmerge_core.merging.families import mergeable
 from optmerge_core.merging.merge import merge_tensors
+from optmerge_core.study.recipe import load_recipe
 
 MERGES = {  # column -> method, scaling coefficient (None: the recipe's)
     "task_arithmetic": ("task_arithmetic", 1.0),
