@@ -100,6 +100,15 @@ def test_every_import_of_the_core_is_declared():
                     assert owners & declared, f"{path.name} imports {module}, not in pyproject.toml"
 
 
+def test_an_installed_package_has_every_file_of_the_core():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    patterns = ["*.py", *settings["package-data"]["*"]]
+    core = [path for path in repository_files() if path.is_relative_to(ROOT / "optmerge_core")]
+    left_out = [path for path in core if not any(path.match(pattern) for pattern in patterns)]
+    assert len(core) > 20 and left_out == []
+    assert all((path.parent / "__init__.py").is_file() for path in core)
+
+
 def test_top_level_holds_only_what_belongs_there():
     names = {path.relative_to(ROOT).parts[0] for path in repository_files()}
     assert {name for name in names if not name.startswith(".")} <= TOP_LEVEL

@@ -1,4 +1,8 @@
-"""Model cards: what a reader of a merged folder needs to know."""
+"""Model cards: what a reader of a merged folder needs to know.
+
+One template, `card.md.jinja`, for the three kinds; huggingface_hub writes front matter and text.
+Ours is what goes in: the norms of each layer, and the classes that open the folder.
+"""
 
 from __future__ import annotations
 
@@ -8,49 +12,68 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import metadata_load
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
+from optmerge_core.checkpoints.formats import HUB_ID, URL, parse_hub_id
 from optmerge_core.checkpoints.names import layer_index
+from optmerge_core.merging.report import MergeReport
 
-_CARD = """---
-{front_matter}---
-
-# {count} {kind} merged by {method}
-
-Merged by `{method}` with [optmerge_core](https://arxiv.org/abs/2505.19892):
-{what}; scaling coefficient λ = {scaling_coefficient:g}.
-`merge_report.json` has all settings, hashes and norms.
-
-## Recipe
-
-{recipe} makes this {result} again.
-
-## Inputs
-
-{inputs}
-
-## Layers
-
-λ‖τm‖ / ‖θ0‖ is how far the merge moved a layer, relative to the base model; ‖τm‖ / ‖τi‖ compares
-the merged task vector with the experts', by their mean (Frobenius norms over the layer's merged
-parameters).
-
-{layers}
-
-## Load
-
-```python
-{load}
-```
-"""
-_EVALUATE = """
-`python -m optmerge_core benchmarks path/to/this/folder` prints how to evaluate it on the paper's
-benchmarks.
-"""
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 
-def _yaml(content: dict[str, Any]) -> str:
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+def model_card(report: MergeReport, config: dict, base_folder: str | Path | None = None) -> str:
+    """README.md of a merged model: recipe, inputs, changes by layer, how to load it.
+
+    `config` is the base model's config.json; what its folder holds besides decides between a
+    processor and a tokenizer, and a card in it gives the licence.
+    """
+    folder = Path(base_folder) if base_folder is not None else None
+    inputs = [report.base_model, *report.experts.values()]
+    hub_ids = [parse_hub_id(x["location"])[0] for x in inputs if x["revision"] is not None]
+    data = ModelCardData(
+        library_name="transformers",
+        license=_licence(folder),
+        tags=["merge", "optmerge"],
+        base_model=list(dict.fromkeys(hub_ids)) or None,
+        base_model_relation="merge" if hub_ids else None,
+    )
+    stream = any(URL.match(item["location"]) for item in inputs)
+    return _card(report, "expert", data, stream=stream, **_classes(config, folder))
+
+
+def adapter_card(report: MergeReport) -> str:
+    """README.md of a merged PEFT adapter: the call that makes it again, inputs, how to load it."""
+    base = report.base_model["location"]
+    on_hub = HUB_ID.fullmatch(base) and not Path(base).exists()
+    data = ModelCardData(
+        library_name="peft",
+        tags=["merge", "optmerge"],
+        base_model=[base] if on_hub else None,
+        base_model_relation="adapter" if on_hub else None,
+    )
+    return _card(report, "adapter", data)
+
+
+def omni_card(report: MergeReport) -> str:
+    """README.md of a composed Omni model: the call that makes it again, inputs, how to load it."""
+    data = ModelCardData(library_name="transformers", tags=["merge", "optmerge", "omni"])
+    return _card(report, "specialist", data)
+
+
+def _card(report: MergeReport, kind: str, data: ModelCardData, **values: Any) -> str:
+    recipe = report.recipe()
+    card = ModelCard.from_template(
+        data,
+        str(TEMPLATE),
+        kind=kind,
+        report=report,
+        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
+        base=recipe["base_model"],
+        experts={item["name"]: item["model"] for item in recipe["models"]},
+        layers=_layers(report.parameters, report.scaling_coefficient),
+        **values,
+    )
+    return f"{card}\n"
 
 
 def _licence(folder: Path | None) -> str | None:
@@ -63,17 +86,7 @@ def _licence(folder: Path | None) -> str | None:
     return licence if isinstance(licence, str) else None
 
 
-def _inputs_table(models: list[tuple[str, dict[str, Any]]]) -> str:
-    rows = []
-    for name, item in models:
-        head = (name, f"`{item['location']}`", item["revision"] or "–")
-        for file, digest in (item["sha256"] or {"–": "–"}).items():
-            rows.append((*head, file, digest))
-            head = ("", "", "")
-    return _table(("model", "location", "revision", "weight file", "SHA-256"), rows)
-
-
-def _layers_table(records: list[dict[str, Any]], scaling_coefficient: float) -> str:
+def _layers(records: list[dict[str, Any]], scaling_coefficient: float) -> list[tuple]:
     """One row a layer; norms of several parameters add up as their squares do."""
     layers: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for record in records:
@@ -94,63 +107,37 @@ def _layers_table(records: list[dict[str, Any]], scaling_coefficient: float) -> 
         label = (f"{part}.{number}" if several else number) if part else "others"
         change = f"{scaling_coefficient * merged / base:.2%}" if base else "–"
         rows.append((label, len(group), change, f"{merged / mean:.2f}" if mean else "–"))
-    return _table(("layer", "parameters", "λ‖τm‖ / ‖θ0‖", "‖τm‖ / ‖τi‖"), rows)
+    return rows
 
 
-def _load_snippet(config: dict, folder: Path | None) -> str:
-    """The classes of transformers that open this folder, and its own code where it brings some."""
+def _classes(config: dict, folder: Path | None) -> dict[str, Any]:
+    """The classes of transformers that open this folder, and whether it brings its own code.
+
+    `foreign` is the folder's processor class, if transformers does not have it.
+    """
     remote = config["auto_map"] if isinstance(config.get("auto_map"), dict) else {}
     classes = config.get("architectures")
     model_class = str(classes[0]) if isinstance(classes, list) and classes else "AutoModel"
     if remote:
         names = [name for name in remote if name.startswith("AutoModel")]
         model_class = "AutoModel" if "AutoModel" in names or not names else names[0]
-    reader = "AutoProcessor"
-    if folder is None:
-        reader = "AutoTokenizer" if model_class.endswith("ForCausalLM") else reader
-    elif not _has_processor(folder):
-        reader = "AutoTokenizer"
-    argument = ", trust_remote_code=True" if remote else ""
-    names = ", ".join(sorted({model_class, reader}))
-    variable = reader.removeprefix("Auto").lower()
-    lines = [
-        f"from transformers import {names}",
-        "",
-        'folder = "path/to/this/folder"',
-        f"model = {model_class}.from_pretrained(folder{argument})",
-        f"{variable} = {reader}.from_pretrained(folder{argument})",
-    ]
-    foreign = _foreign_processor(folder)
-    if foreign and not remote:
-        lines.insert(1, f"# first import the package that has {foreign}: transformers has it not")
-    if remote:
-        lines.insert(2, "# trust_remote_code runs the Python files of this folder: read them first")
-    return "\n".join(lines)
+    processor = _processor_class(folder) if folder else None
+    by_name = folder is None and not model_class.endswith("ForCausalLM")
+    import transformers  # slow, and only a card needs it
+
+    return {
+        "model_class": model_class,
+        "reader": "Processor" if by_name or processor is not None else "Tokenizer",
+        "remote": bool(remote),
+        "foreign": processor if processor and not hasattr(transformers, processor) else None,
+    }
 
 
-def _has_processor(folder: Path) -> bool:
-    """Whether a processor was saved there; an image processor alone is none."""
-    if (folder / "processor_config.json").is_file():
-        return True
-    path = folder / "preprocessor_config.json"
-    return path.is_file() and bool(
-        re.search(r'"processor_class"\s*:\s*"', path.read_text(errors="replace"))
-    )
-
-
-def _foreign_processor(folder: Path | None) -> str | None:
-    """The folder's processor class, if transformers does not have it."""
-    path = folder and folder / "processor_config.json"
-    if not path or not path.is_file():
-        return None
-    found = re.search(r'"processor_class"\s*:\s*"(\w+)"', path.read_text(errors="replace"))
-    import transformers  # slow, and only this question needs it
-
-    return found[1] if found and not hasattr(transformers, found[1]) else None
-
-
-def _table(header: tuple[str, ...], rows: list[tuple]) -> str:
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join(
-        "| " + " | ".join(str(cell).replace("|", r"\|") for cell in line) + " |" for line in lines
-    )
+def _processor_class(folder: Path) -> str | None:
+    """The saved processor's class, "" where not told, None if there is an image processor alone."""
+    files = [folder / f"{kind}_config.json" for kind in ("processor", "preprocessor")]
+    for path in filter(Path.is_file, files):
+        found = re.search(r'"processor_class"\s*:\s*"(\w+)"', path.read_text(errors="replace"))
+        if found:
+            return found[1]
+    return "" if files[0].is_file() else None

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from optmerge_core.checkpoints.formats import URL, dtype_name
 from optmerge_core.checkpoints.open import open_checkpoint, open_expert
 from optmerge_core.checkpoints.writer import CheckpointWriter, check_output
+from optmerge_core.merging.card import model_card
 from optmerge_core.merging.checks import (
     check_changes,
     check_finite,
@@ -213,7 +214,7 @@ def merge(
             family=family,
         )
         writer.write_text("merge_report.json", report.to_json())
-        writer.write_text("README.md", report.model_card(base.config(), base.folder))
+        writer.write_text("README.md", model_card(report, base.config(), base.folder))
     return report
 
 

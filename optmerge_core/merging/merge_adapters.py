@@ -25,6 +25,7 @@ from optmerge_core.checkpoints.adapters import CONFIG_NAME, PREFIX, Factors
 from optmerge_core.checkpoints.formats import ADAPTER_NAME, CheckpointError
 from optmerge_core.checkpoints.open import open_checkpoint
 from optmerge_core.checkpoints.writer import CheckpointWriter, check_output
+from optmerge_core.merging.card import adapter_card
 from optmerge_core.merging.checks import check_read, check_request
 from optmerge_core.merging.report import MergeReport
 from optmerge_core.methods.optmerge import PRESETS
@@ -131,7 +132,7 @@ def merge_adapters(
             versions={name: version(name) for name in ("torch", "safetensors")},
         )
         writer.write_text("merge_report.json", report.to_json())
-        writer.write_text("README.md", report.adapter_card())
+        writer.write_text("README.md", adapter_card(report))
     return Path(output_dir)
 
 

@@ -1,4 +1,4 @@
-"""What a merge leaves behind besides weights: its report, its model card, what it cost."""
+"""What a merge leaves behind besides weights: its report, what it read and cost."""
 
 from __future__ import annotations
 
@@ -14,16 +14,7 @@ from torch import Tensor
 
 from optmerge_core.checkpoints.adapters import Adapter
 from optmerge_core.checkpoints.folder import Checkpoint
-from optmerge_core.checkpoints.formats import HUB_ID, URL, parse_hub_id
-from optmerge_core.merging.card import (
-    _CARD,
-    _EVALUATE,
-    _inputs_table,
-    _layers_table,
-    _licence,
-    _load_snippet,
-    _yaml,
-)
+from optmerge_core.checkpoints.formats import parse_hub_id
 
 
 @dataclass(frozen=True)
@@ -88,100 +79,6 @@ class MergeReport:
         given = {key: getattr(self, key) for key in defaults}
         recipe |= {key: value for key, value in given.items() if value != defaults[key]}
         return json.loads(json.dumps(recipe, default=str))
-
-    def model_card(self, config: dict, base_folder: str | Path | None = None) -> str:
-        """README.md: recipe, inputs, changes by layer, how to load it.
-
-        `config` is the base model's config.json; what its folder holds besides decides between a
-        processor and a tokenizer, and a card in it gives the licence.
-        """
-        folder = Path(base_folder) if base_folder is not None else None
-        inputs = [self.base_model, *self.experts.values()]
-        hub_ids = [
-            parse_hub_id(item["location"])[0] for item in inputs if item["revision"] is not None
-        ]
-        front_matter = {
-            "library_name": "transformers",
-            "license": _licence(folder),
-            "tags": ["merge", "optmerge"],
-            "base_model": list(dict.fromkeys(hub_ids)),
-            "base_model_relation": "merge" if hub_ids else None,
-        }
-        stream = " --stream" if any(URL.match(item["location"]) for item in inputs) else ""
-        recipe = (
-            f"```yaml\n{_yaml(self.recipe())}```\n\n"
-            f"`python -m optmerge_core merge recipe.yaml --output merged{stream}`"
-        )
-        what = (
-            f"{len(self.parameters)} parameters of the base model are merged, "
-            f"{self.parameters_kept} others are the base model's, unchanged"
-        )
-        load = _load_snippet(config, folder)
-        return self._card(front_matter, "experts", "model", what, recipe, load) + _EVALUATE
-
-    def adapter_card(self) -> str:
-        """README.md of a merged PEFT adapter: the call that makes it again, inputs, how to load."""
-        base = self.base_model["location"]
-        front_matter = {
-            "library_name": "peft",
-            "tags": ["merge", "optmerge"],
-            "base_model": [base] if HUB_ID.fullmatch(base) and not Path(base).exists() else None,
-        }
-        front_matter |= {"base_model_relation": "adapter"} if front_matter["base_model"] else {}
-        experts = {name: _pinned(item) for name, item in self.experts.items()}
-        recipe = (
-            "```python\nfrom optmerge_core import merge_adapters\n\nmerge_adapters(\n"
-            f'    {experts!r},\n    "merged",\n    method={self.method!r},\n'
-            f"    method_options={self.method_options!r},\n"
-            f"    scaling_coefficient={self.scaling_coefficient!r},\n)\n```\n\nThis call"
-        )
-        what = f"low-rank changes of {len(self.parameters)} linear layers"
-        load = (
-            "from peft import PeftModel\n\n"
-            f"# model: {base}, opened by transformers\n"
-            'model = PeftModel.from_pretrained(model, "path/to/this/folder")'
-        )
-        return self._card(front_matter, "adapters", "adapter", what, recipe, load)
-
-    def omni_card(self) -> str:
-        """README.md of a composed Omni model: the call that makes it again, inputs, how to load."""
-        front_matter = {"library_name": "transformers", "tags": ["merge", "optmerge", "omni"]}
-        specialists = {name: _pinned(item) for name, item in self.experts.items()}
-        recipe = (
-            "```python\nfrom optmerge_core.omni import compose\n\ncompose(\n"
-            f"    {_pinned(self.base_model)!r},\n    {specialists!r},\n"
-            f'    "merged",\n    method={self.method!r},\n'
-            f"    method_options={self.method_options!r},\n"
-            f"    scaling_coefficient={self.scaling_coefficient!r},\n    seed={self.seed!r},\n"
-            ")\n```\n\nThis call"
-        )
-        what = (
-            f"{len(self.parameters)} parameters of the language model are merged, "
-            f"{self.parameters_kept} others (embeddings, norms) are the specialists' mean, their "
-            "towers and connectors are copied"
-        )
-        load = (
-            "from optmerge_core.omni import OmniForConditionalGeneration\n\n"
-            'model = OmniForConditionalGeneration.from_pretrained("path/to/this/folder")'
-        )
-        return self._card(front_matter, "specialists", "model", what, recipe, load)
-
-    def _card(
-        self, front_matter: dict, kind: str, result: str, what: str, recipe: str, load: str
-    ) -> str:
-        return _CARD.format(
-            front_matter=_yaml({key: value for key, value in front_matter.items() if value}),
-            count=len(self.experts),
-            kind=kind,
-            result=result,
-            method=self.method,
-            scaling_coefficient=self.scaling_coefficient,
-            what=what,
-            recipe=recipe,
-            inputs=_inputs_table([("base model", self.base_model), *self.experts.items()]),
-            layers=_layers_table(self.parameters, self.scaling_coefficient),
-            load=load,
-        )
 
 
 def _pinned(item: dict[str, Any]) -> str:

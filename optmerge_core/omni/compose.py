@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optmerge_core.checkpoints.names import EMBEDDINGS, HEAD
 from optmerge_core.checkpoints.open import open_checkpoint
 from optmerge_core.checkpoints.writer import CheckpointWriter, check_output, side_files
+from optmerge_core.merging.card import omni_card
 from optmerge_core.merging.checks import check_finite, check_read, check_request, in_range
 from optmerge_core.merging.families import mergeable
 from optmerge_core.merging.merge import parameter_merger
@@ -174,7 +175,7 @@ def compose(
             added_tokens=ids,
         )
         writer.write_text("merge_report.json", report.to_json())
-        writer.write_text("README.md", report.omni_card())
+        writer.write_text("README.md", omni_card(report))
     return Path(output_dir)
 
 

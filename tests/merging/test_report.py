@@ -11,6 +11,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from optmerge_core import load_recipe, merge, merge_adapters, open_checkpoint
+from optmerge_core.merging.card import model_card
 from optmerge_core.merging.report import MergeReport
 
 NAME = "language_model.model.layers.{}.mlp.up_proj.weight"
@@ -101,7 +102,7 @@ def test_inputs_layers_and_front_matter(tiny, tmp_path):
 
 def test_hub_inputs_are_pinned_and_listed(tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\ntags: [x]\n---\n# Base\n")
-    card = report().model_card({"architectures": ["Qwen2VLForConditionalGeneration"]}, tmp_path)
+    card = model_card(report(), {"architectures": ["Qwen2VLForConditionalGeneration"]}, tmp_path)
     assert yaml.safe_load(card.split("---\n")[1]) == {
         "library_name": "transformers",
         "license": "apache-2.0",
@@ -121,7 +122,7 @@ def test_hub_inputs_are_pinned_and_listed(tmp_path):
 def test_a_base_card_that_cannot_be_read_gives_no_licence(tmp_path):
     for text in ("---\nlicense: [\n---\n", "---\n- a\n---\n", "no front matter"):
         (tmp_path / "README.md").write_text(text)
-        assert "license" not in report().model_card({}, tmp_path)
+        assert "license" not in model_card(report(), {}, tmp_path)
 
 
 def test_streamed_inputs_keep_their_address_and_what_identifies_them():
@@ -129,7 +130,7 @@ def test_streamed_inputs_keep_their_address_and_what_identifies_them():
         "location": "https://example.org/base", "revision": None,
         "sha256": {"model.safetensors": 'etag "1|2", 10 bytes'},
     }  # fmt: skip
-    card = report(base_model=base, scope="all").model_card({})
+    card = model_card(report(base_model=base, scope="all"), {})
     recipe = yaml.safe_load(block(card, "yaml"))
     assert recipe["base_model"] == "https://example.org/base" and recipe["scope"] == "all"
     assert "--output merged --stream`" in card
@@ -146,7 +147,7 @@ def test_all_parts_of_a_model_have_their_rows():
             ("visual.blocks.0.v", 4.0, 4.0), ("model.layers.0.w", 0.0, 0.0),
         )
     ]  # fmt: skip
-    rows = table(report(parameters=records).model_card({}), "Layers")
+    rows = table(model_card(report(parameters=records), {}), "Layers")
     assert rows == [
         ["model.layers.0", "1", "–", "–"],
         ["visual.blocks.0", "2", "50.00%", "1.00"],
@@ -173,7 +174,7 @@ def test_load_snippet_fits_the_model(tmp_path, config, files, expected):
     for name, content in (files or {}).items():
         (tmp_path / name).write_text(json.dumps(content))
     folder = None if files is None else tmp_path
-    code = block(report().model_card(config, folder), "python")
+    code = block(model_card(report(), config, folder), "python")
     assert code.splitlines()[0] == f"from transformers import {expected}"
     assert "trust_remote_code" not in code
     compile(code, "card", "exec")
@@ -184,7 +185,7 @@ def test_remote_code_is_named_and_asked_for(tmp_path):
         "architectures": ["InternVLChatModel"],
         "auto_map": {"AutoConfig": "a.B", "AutoModel": "c.D", "AutoModelForCausalLM": "c.D"},
     }
-    code = block(report().model_card(config, tmp_path), "python")
+    code = block(model_card(report(), config, tmp_path), "python")
     assert code.startswith("from transformers import AutoModel, AutoTokenizer\n")
     assert len(re.findall("trust_remote_code=True", code)) == 2 and "read them first" in code
     compile(code, "card", "exec")
