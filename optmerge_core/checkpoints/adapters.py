@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch import Tensor
 from optmerge_core.checkpoints.folder import Checkpoint
 from optmerge_core.checkpoints.formats import CheckpointError, read_json
 from optmerge_core.checkpoints.names import closest_names
+from optmerge_core.checkpoints.weights import Weights
 
 CONFIG_NAME = "adapter_config.json"
 PREFIX = "base_model.model."  # what PEFT puts before a module's path
@@ -108,7 +108,7 @@ class Factors(Mapping[str, tuple[Tensor, Tensor]]):
             ) from error
 
 
-class Adapter(Mapping[str, Tensor]):
+class Adapter(Weights):
     """A LoRA adapter as a checkpoint of `base`: the base's parameter names -> tensors.
 
     `adapter[name]` is base + s B A in float32 where the adapter has factors, else the base's own
@@ -122,6 +122,7 @@ class Adapter(Mapping[str, Tensor]):
         self.source = weights.source
         self.named_base = self.factors.settings.get("base_model_name_or_path") or ""
         self.modules: dict[str, str] = {}
+        self._names, self.changes = base, self.modules
         for module in self.factors:
             name = parameter_of(module, base)
             shapes = base.shape(name), self.factors.shape(module)
@@ -143,64 +144,18 @@ class Adapter(Mapping[str, Tensor]):
         tensor = self.base[name]
         return tensor.float() + self.task_vector(name) if name in self.modules else tensor
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.base)
-
-    def __len__(self) -> int:
-        return len(self.base)
-
     def shape(self, name: str) -> tuple[int, ...]:
         return self.base.shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
         return self.base.dtype(name)
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return self.base.shapes()
-
     def sha256(self) -> dict[str, str]:
         return self.weights.sha256()
 
-
-class Renamed(Mapping[str, Tensor]):
-    """A checkpoint under the base's names: `own_names` maps the base's name to the one in the file.
-
-    All else, `config` or `folder`, is the checkpoint's own.
-    """
-
-    def __init__(self, weights: Checkpoint, own_names: Mapping[str, str]):
-        self.weights, self.own_names = weights, own_names
-        renamed = {theirs: ours for ours, theirs in own_names.items()}
-        self.names = {renamed.get(name, name): name for name in weights}
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.weights[self.names[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.names
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.weights.shape(self.names[name])
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.weights.dtype(self.names[name])
-
-    def nbytes(self, name: str) -> int:
-        return self.weights.nbytes(self.names[name])
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: self.shape(name) for name in self}
-
-    def __getattr__(self, attribute: str) -> Any:
-        if attribute == "weights":  # not set yet: do not ask it for itself
-            raise AttributeError(attribute)
-        return getattr(self.weights, attribute)
+    def streamed(self, names: Iterable[str]) -> list[tuple[Weights, list[str]]]:
+        """All of the adapter, whatever is read: its factors are small. The base is read apart."""
+        return self.weights.streamed(self.weights)
 
 
 def parameter_of(module: str, base: Checkpoint) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from optmerge_core.checkpoints.formats import (
     read_json,
     weight_files,
 )
+from optmerge_core.checkpoints.weights import Weights
 
 
-class Checkpoint(Mapping[str, Tensor]):
+class Checkpoint(Weights):
     """A folder of weight files as a read-only mapping parameter name -> CPU tensor.
 
     Opening reads the headers only. Indexing reads one tensor, in the dtype of the file, through a
@@ -33,10 +34,11 @@ class Checkpoint(Mapping[str, Tensor]):
     tensor at a time. Names iterate file by file and sorted within a file.
 
     With `adapter`, a folder of a PEFT adapter opens too, as what it is: the adapter's own tensors.
-    `source` says where the weights are read: "folder", "hub" (its cache), or the address they are
-    streamed from. Raises `CheckpointError` when the folder is not a complete, consistent checkpoint
-    of tensors.
+    Raises `CheckpointError` when the folder is not a complete, consistent checkpoint of tensors.
     """
+
+    folder: Path
+    source: str
 
     def __init__(self, folder: str | Path, revision: str | None = None, adapter: bool = False):
         self.folder, self.revision = Path(folder), revision
@@ -50,6 +52,7 @@ class Checkpoint(Mapping[str, Tensor]):
         names, index = weight_files(place, self.folder, present, adapter)
         self.files = [self.folder / name for name in names]
         self._entries: dict[str, tuple[str, tuple[int, ...], torch.dtype]] = {}
+        self._names = self._entries
         self._sha256: dict[str, str] = {}
         for file in names:
             for name, shape, dtype in self._read_header(file):
@@ -88,15 +91,6 @@ class Checkpoint(Mapping[str, Tensor]):
                 f"{self.folder / file}: changed since it was opened ({error}); try again"
             ) from error
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._entries
-
     def __repr__(self) -> str:
         kind, place = type(self).__name__, self.source if URL.match(self.source) else self.folder
         return f"{kind}({str(place)!r}, {len(self)} tensors in {len(self.files)} files)"
@@ -114,17 +108,7 @@ class Checkpoint(Mapping[str, Tensor]):
         """Dtype of a parameter, from the header: no weights are read."""
         return self._entries[name][2]
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of all parameters, from the headers."""
-        return {name: shape for name, (_, shape, _) in self._entries.items()}
-
-    def nbytes(self, name: str) -> int:
-        """Bytes one parameter takes in the file."""
-        _, shape, dtype = self._entries[name]
-        return torch.Size(shape).numel() * dtype.itemsize
-
-    def config(self) -> dict:
-        """The folder's config.json; an empty dict where there is none."""
+    def config(self) -> dict[str, Any]:
         path = self.folder / "config.json"
         config = read_json(path) if path.is_file() else {}
         kind, classes = config.get("model_type"), config.get("architectures") or []

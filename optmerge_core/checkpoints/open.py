@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from optmerge_core.checkpoints.adapters import Adapter, Renamed
+from optmerge_core.checkpoints.adapters import Adapter
 from optmerge_core.checkpoints.folder import Checkpoint
 from optmerge_core.checkpoints.formats import (
     PICKLE_PATTERNS,
@@ -15,20 +15,19 @@ from optmerge_core.checkpoints.formats import (
 )
 from optmerge_core.checkpoints.names import other_names
 from optmerge_core.checkpoints.remote import hub_error
+from optmerge_core.checkpoints.weights import Renamed, Weights
 
 
-def open_expert(
-    location: str | Path, base: Checkpoint, stream: bool = False
-) -> Checkpoint | Adapter | Renamed:
+def open_expert(location: str | Path, base: Checkpoint, stream: bool = False) -> Weights:
     """An expert of `base`: a whole checkpoint, or a PEFT LoRA adapter; see `open_checkpoint`.
 
-    A checkpoint with other names for the base's parameters (`parameters.other_names`) gets these.
+    A checkpoint with other names for the base's parameters (`names.other_names`) gets these.
     """
     opened = open_checkpoint(location, adapter=True, stream=stream)
     if opened.is_adapter:
         return Adapter(opened, base)
-    own_names = other_names(base, opened)
-    return Renamed(opened, own_names) if own_names else opened
+    ours = {theirs: ours for ours, theirs in other_names(base, opened).items()}
+    return Renamed(opened, {ours.get(name, name): name for name in opened}) if ours else opened
 
 
 def open_checkpoint(

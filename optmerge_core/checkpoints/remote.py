@@ -37,6 +37,7 @@ from optmerge_core.checkpoints.formats import (
     weight_files,
 )
 from optmerge_core.checkpoints.http import DOWNLOAD, TIMEOUT, NotThere, RemoteFile
+from optmerge_core.checkpoints.weights import Weights
 
 MAX_MODULES = 100  # of remote code: no chain of imports goes on for ever
 SIDE_FILES = (
@@ -96,6 +97,9 @@ class RemoteCheckpoint(Checkpoint):
         if not data:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(data, dtype=dtype).reshape(shape)
+
+    def streamed(self, names: Iterable[str]) -> list[tuple[Weights, list[str]]]:
+        return [(self, list(names))]
 
     def sha256(self) -> dict[str, str]:
         """File name -> SHA-256 where the hub tells it; else size and version, marked as such."""
@@ -172,22 +176,12 @@ def open_url(url: str, adapter: bool) -> RemoteCheckpoint:
 
 
 @contextmanager
-def streaming(readings: Iterable[tuple[Checkpoint, Iterable[str]]]) -> Iterator[None]:
-    """A progress bar of the bytes that come while the remote ones of these checkpoints are read.
+def streaming(readings: Iterable[tuple[Weights, Iterable[str]]]) -> Iterator[None]:
+    """A progress bar of the bytes that come while the remote ones of these weights are read.
 
-    readings: a checkpoint or adapter, and the names of the parameters that will be read of it.
+    readings: weights, and the names of the parameters that will be read of them.
     """
-
-    def own_name(checkpoint: Checkpoint, name: str) -> str:
-        return getattr(checkpoint, "names", {}).get(name, name)
-
-    readings = [(getattr(x, "weights", x), x, list(names)) for x, names in readings]
-    # Of an adapter all is read; neither its names nor a renamed checkpoint's are the base's.
-    remote = [
-        (weights, list(weights) if hasattr(x, "factors") else [own_name(x, n) for n in names])
-        for weights, x, names in readings
-        if isinstance(weights, RemoteCheckpoint)
-    ]
+    remote = [found for weights, names in readings for found in weights.streamed(names)]
     total, lock = sum(x.nbytes(name) for x, names in remote for name in names), threading.Lock()
     with tqdm(
         total=total, desc="streaming", unit="B", unit_scale=True, disable=not remote

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from optmerge_core.checkpoints.folder import Checkpoint
 from optmerge_core.checkpoints.formats import dtype_name
+from optmerge_core.checkpoints.weights import Weights
 from optmerge_core.checkpoints.writer import side_files
 from optmerge_core.methods.registry import check_options
 from optmerge_core.runtime import FLOAT_DTYPES, in_order
@@ -59,7 +59,7 @@ def check_method(method: str, options: Mapping[str, Any], experts: int | None = 
         ) from error
 
 
-def check_folders(base: Checkpoint, experts: Mapping[str, Checkpoint], output_dir: Path) -> None:
+def check_folders(base: Weights, experts: Mapping[str, Weights], output_dir: Path) -> None:
     """Warn of a folder given twice; raise `ValueError` if the output would change an input.
 
     Also raised, as `CheckpointError`: what `side_files` finds wrong with the base's.
@@ -79,7 +79,7 @@ def check_folders(base: Checkpoint, experts: Mapping[str, Checkpoint], output_di
             raise ValueError(f"{output_dir} is inside {owner}: choose another output folder")
 
 
-def check_changes(base: Checkpoint, experts: Mapping[str, Checkpoint], names: list[str]) -> None:
+def check_changes(base: Weights, experts: Mapping[str, Weights], names: list[str]) -> None:
     """Warn of experts that equal the base in all that merges; raise `ValueError` if all do.
 
     Reads up to the first parameter that differs, so an expert that was trained costs next to
@@ -109,7 +109,7 @@ def check_unchanged(unchanged: list[str], experts: int, parameters: int) -> None
         )
 
 
-def check_finite(base: Checkpoint, experts: Mapping[str, Checkpoint], names: list[str]) -> None:
+def check_finite(base: Weights, experts: Mapping[str, Weights], names: list[str]) -> None:
     """Raise one `ValueError` that lists every parameter with NaN or Inf.
 
     Reads all of the base, and of `names` what an expert has.
@@ -122,7 +122,7 @@ def check_finite(base: Checkpoint, experts: Mapping[str, Checkpoint], names: lis
         if name in expert
     ]
 
-    def problem(reading: tuple[str, Checkpoint, str]) -> str | None:
+    def problem(reading: tuple[str, Weights, str]) -> str | None:
         owner, checkpoint, name = reading
         count = _count_not_finite(checkpoint[name])
         return f"{name}: {owner} has {count} NaN or Inf" if count else None

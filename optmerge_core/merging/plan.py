@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import torch
 
-from optmerge_core.checkpoints.folder import Checkpoint
 from optmerge_core.checkpoints.formats import HUB_ID, dtype_name
+from optmerge_core.checkpoints.weights import Weights
 from optmerge_core.merging.checks import _notice
 from optmerge_core.merging.families import mergeable, merges
 from optmerge_core.runtime import FLOAT_DTYPES
@@ -18,7 +18,7 @@ EMBEDDINGS = re.compile(r"(?:embed_tokens|tok_embeddings)\.weight$")
 
 
 def check_experts(
-    base: Checkpoint, experts: Mapping[str, Checkpoint], names: list[str], model_type: str | None
+    base: Weights, experts: Mapping[str, Weights], names: list[str], model_type: str | None
 ) -> list[str]:
     """The names that merge: `names`, less what only some checkpoints have (scope "all").
 
@@ -57,20 +57,21 @@ def check_experts(
                 dtypes[expert.dtype(name), base.dtype(name)] = None
             elif not match:
                 outside.append(differs)
-        changed = [name for name in getattr(expert, "modules", {}) if name not in agreeing]
+        changed = [name for name in expert.changes or () if name not in agreeing]
         if changed:
             notices.append(
                 f"expert {expert_name} adapts {len(changed)} parameters outside the merge; the "
                 f"base's are kept ({changed[0]})"
             )
-        named = str(getattr(expert, "named_base", ""))
+        named = expert.named_base
         if HUB_ID.fullmatch(named) and named.split("/")[1].lower() not in str(base.folder).lower():
             notices.append(
                 f"expert {expert_name} says in adapter_config.json that it is an adapter of "
                 f"{named}; it is taken as one of {base.folder}"
             )
-        if renamed := getattr(expert, "own_names", {}):
-            ours, theirs = next(iter(renamed.items()))
+        renamed = [n for n in base if n in expert and expert.own_name(n) != n]
+        if renamed:
+            ours, theirs = renamed[0], expert.own_name(renamed[0])
             notices.append(
                 f"expert {expert_name} has other names for {len(renamed)} parameters, taken as the "
                 f"base's ({theirs} for {ours})"
@@ -105,7 +106,7 @@ def check_experts(
     return [name for name in names if name in agreeing]
 
 
-def tied_head(base: Checkpoint) -> dict[str, str]:
+def tied_head(base: Weights) -> dict[str, str]:
     """Head -> embeddings, where config.json ties them and the files hold the same values twice."""
     heads = [name for name in base if name.endswith(HEAD)]
     embeddings = [name for name in base if EMBEDDINGS.search(name)]
@@ -115,9 +116,9 @@ def tied_head(base: Checkpoint) -> dict[str, str]:
     return {heads[0]: embeddings[0]} if same else {}
 
 
-def _ties(checkpoint: Checkpoint) -> bool:
+def _ties(checkpoint: Weights) -> bool:
     """Whether the model's head is its embeddings: config.json says so, or says nothing of it."""
-    config = getattr(checkpoint, "config", dict)()  # an adapter has none
+    config = checkpoint.config()
     texts = [config.get(key) for key in ("text_config", "llm_config")]
     for part in (config, *(text for text in texts if isinstance(text, dict))):
         if "tie_word_embeddings" in part:
@@ -154,9 +155,7 @@ def _some(texts: list[str], separator: str, most: int = 20) -> str:
     return separator.join(texts[:most] + more)
 
 
-def _shape_and_dtype(
-    checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], name: str
-) -> str:
+def _shape_and_dtype(checkpoint: Weights, shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
     if name not in shapes:
         return "no such parameter"
     return f"shape {shapes[name]} {dtype_name(checkpoint.dtype(name))}"

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optmerge_core.checkpoints.adapters import Adapter
-from optmerge_core.checkpoints.folder import Checkpoint
 from optmerge_core.checkpoints.formats import parse_hub_id
+from optmerge_core.checkpoints.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -124,11 +123,6 @@ def _norm_in_blocks(tensor: Tensor) -> float:
     return torch.linalg.vector_norm(torch.cat(rows), dtype=torch.float64).item()
 
 
-def describe(location: str | Path, checkpoint: Checkpoint | Adapter) -> dict[str, Any]:
+def describe(location: str | Path, weights: Weights) -> dict[str, Any]:
     """What `merge_report.json` says of an input: where it is, its commit, its files' hashes."""
-    return {
-        "location": str(location),
-        "revision": checkpoint.revision,
-        "source": checkpoint.source,
-        "sha256": checkpoint.sha256(),
-    }
+    return {"location": str(location), **weights.provenance()}

@@ -6,7 +6,7 @@ differ on disk and in memory; here they have those of the language model's own c
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,39 +22,20 @@ from optmerge_core.checkpoints.folder import Checkpoint
 from optmerge_core.checkpoints.formats import CheckpointError, read_json
 from optmerge_core.checkpoints.names import EMBEDDINGS, HEAD, language_name
 from optmerge_core.checkpoints.open import open_checkpoint
+from optmerge_core.checkpoints.weights import Renamed
 from optmerge_core.omni.model import specialist_class, without_layers
 
 
-class LanguageModel(Mapping[str, Tensor]):
-    """The language model within a checkpoint or state dict, one tensor at a time.
+class LanguageModel(Renamed):
+    """The language model within weights or a state dict, one tensor at a time.
 
     names: those that count, in the language model's own checkpoint; default all.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], names: Collection[str] | None = None):
-        self.weights = weights
         found = {language_name(name): name for name in weights}
-        self._names = {n: own for n, own in found.items() if n and (names is None or n in names)}
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.weights[self._names[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def config(self) -> dict[str, Any]:
-        return self.weights.config()
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: self.shape(name) for name in self}
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """From the header where the weights are on disk."""
-        weights, own = self.weights, self._names[name]
-        return tuple(weights.shape(own) if isinstance(weights, Checkpoint) else weights[own].shape)
+        own = {n: own for n, own in found.items() if n and (names is None or n in names)}
+        super().__init__(weights, own)
 
 
 @dataclass(frozen=True)
@@ -131,18 +112,18 @@ def check_language_model(modality: str, specialist: Specialist, base: LanguageMo
                 continue
             raise CheckpointError(
                 f"{modality}: the specialist's language model has no {name}; is it built on "
-                f"{base.weights.folder}?"
+                f"{base.folder}?"
             )
         ours, theirs = base.shape(name), specialist.language_model.shape(name)
         grown = name in (EMBEDDINGS, HEAD) and theirs[0] >= ours[0] and theirs[1:] == ours[1:]
         if ours != theirs and not grown:
             raise CheckpointError(
                 f"{modality}: {name} has shape {theirs} in the specialist and {ours} in "
-                f"{base.weights.folder}; specialists must share one language model"
+                f"{base.folder}; specialists must share one language model"
             )
     extra = [name for name in specialist.language_model if name not in base and name != HEAD]
     if extra:
         raise CheckpointError(
             f"{modality}: the specialist's language model has {extra[0]}, which "
-            f"{base.weights.folder} has not; specialists must share one language model"
+            f"{base.folder} has not; specialists must share one language model"
         )

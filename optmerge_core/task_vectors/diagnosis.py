@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from optmerge_core.checkpoints.formats import dtype_name
 from optmerge_core.checkpoints.names import layer_index, module_kind
+from optmerge_core.checkpoints.weights import Weights, as_weights
 from optmerge_core.methods.svd import truncated_svd
 from optmerge_core.runtime import in_order
 from optmerge_core.task_vectors import spectra
@@ -46,7 +47,7 @@ def diagnose(
     scaling_coefficient: float = 1.0,
     budget: float = SPECTRA_BUDGET,
 ) -> Diagnosis:
-    """Measure the experts (name -> `Checkpoint`, `Adapter` or state dict) of a base model.
+    """Measure the experts (name -> `Weights` or state dict) of a base model.
 
     `names` are the parameters that merge. Norms, cosines, signs and rounding are of all of them,
     ranks and subspaces of as many evenly spaced layers as `budget` operations allow, at least one.
@@ -54,9 +55,11 @@ def diagnose(
     and `scaling_coefficient`. Raises `ValueError` as `TaskVectors` does.
     """
     names = list(names)
-    shapes = {name: _shape(base, name) for name in names}
+    base, experts = as_weights(base), {name: as_weights(x) for name, x in experts.items()}
+    shapes = {name: base.shape(name) for name in names}
     sampled = _sample_layers(shapes, len(experts), budget)
-    stored = {expert: _stored(tensors, names[0]) for expert, tensors in experts.items()}
+    # An adapter is not stored in a dtype: its task vectors are products.
+    stored = {n: None if x.changes is not None else x.dtype(names[0]) for n, x in experts.items()}
     task_vectors = TaskVectors(base, experts, names)
 
     def measure(name: str) -> dict[str, Any]:
@@ -166,14 +169,14 @@ def _spectra(stack: Tensor, rounding: list[float]) -> dict[str, Any]:
 
 
 def _compare_outside(
-    base: Mapping[str, Tensor], experts: Mapping[str, Mapping[str, Tensor]], merging: set[str]
+    base: Weights, experts: Mapping[str, Weights], merging: set[str]
 ) -> list[dict[str, Any]]:
     """A row per expert and parameter outside the merge: did the expert change it, and how far?
 
     What an expert does not store (a tied lm_head, say) it did not change.
     """
     # An adapter has all of the base's parameters, and says which it adapts.
-    owned = {expert: getattr(tensors, "modules", tensors) for expert, tensors in experts.items()}
+    owned = {n: x if x.changes is None else x.changes for n, x in experts.items()}
     outside = {name: None for has in owned.values() for name in has if name not in merging}
 
     def compare(name: str) -> list[dict[str, Any]]:
@@ -307,14 +310,3 @@ def _dropped(compared: list[dict[str, Any]]) -> pd.DataFrame:
     rows = groups["changed"].agg(parameters="count", changed="sum")
     rows["relative_norm"] = _quotient(sums["norm2"], sums["base2"], 0.5)
     return rows[rows["changed"] > 0].reset_index()
-
-
-def _stored(expert: Mapping[str, Tensor], name: str) -> torch.dtype | None:
-    """The dtype an expert was stored in; None for an adapter, whose task vectors are products."""
-    if hasattr(expert, "task_vector"):
-        return None
-    return expert.dtype(name) if hasattr(expert, "dtype") else expert[name].dtype
-
-
-def _shape(base: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
-    return tuple(base.shape(name) if hasattr(base, "shape") else base[name].shape)

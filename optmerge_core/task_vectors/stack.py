@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from optmerge_core.checkpoints.weights import as_weights
 from optmerge_core.methods.blocks import Blocks
 
 Part = tuple[Tensor, bool]
@@ -22,7 +23,7 @@ class TaskVectors(Mapping[str, Tensor]):
     """Lazy mapping parameter name -> (experts, *shape) float32 stack of expert - base.
 
     `base` and each of `experts` (a mapping expert name -> parameters) map parameter name -> tensor:
-    a `Checkpoint`, an `Adapter`, a state dict. `names` are the parameters to offer. Each access
+    `Weights` of any origin, or a state dict. `names` are the parameters to offer. Each access
     computes the stack anew, in float32 on `device`. Raises `ValueError` for no experts, and on
     access for a parameter that an expert lacks or has in another shape.
     """
@@ -36,8 +37,8 @@ class TaskVectors(Mapping[str, Tensor]):
     ):
         if not experts:
             raise ValueError("no experts: give at least one (name -> parameters)")
-        self.base = base
-        self.experts = dict(experts)
+        self.base = as_weights(base)
+        self.experts = {name: as_weights(expert) for name, expert in experts.items()}
         self.expert_names = list(self.experts)
         self.names = list(names)
         self.device = torch.device(device)
@@ -79,8 +80,8 @@ class TaskVectors(Mapping[str, Tensor]):
         """Each expert's parameter as stored; an adapter's is a task vector already."""
         parts = []
         for expert_name, expert in self.experts.items():
-            if hasattr(expert, "task_vector"):
-                parts.append((pinned(expert.task_vector(name), self.device), True))
+            if (exact := expert.task_vector(name)) is not None:
+                parts.append((pinned(exact, self.device), True))
                 continue
             tensor, shape = expert.get(name), base_tensor.shape
             if tensor is None or tensor.shape != shape:

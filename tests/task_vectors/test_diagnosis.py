@@ -9,6 +9,7 @@ import torch
 
 from optmerge_core import load_recipe, open_checkpoint, open_expert
 from optmerge_core.benchmark.experiments import subsets
+from optmerge_core.checkpoints.weights import InMemory
 from optmerge_core.merging.families import mergeable
 from optmerge_core.methods.svd import singular_values
 from optmerge_core.task_vectors import diagnosis as module
@@ -150,15 +151,15 @@ def test_what_rounding_lost_is_told(base):
     assert not told(diagnose(stored, {"a": enough}, NAMES), "float32")
 
 
-class Adapter(dict):
+class Adapter(InMemory):
     """Of `adapters.Adapter`, what matters here: exact products, and which parameters it adapts."""
 
     def __init__(self, base, factors):
         super().__init__(base | {n: base[n].float() + b @ a for n, (b, a) in factors.items()})
-        self.factors, self.modules = factors, dict.fromkeys(factors)
+        self.factors, self.changes = factors, factors
 
     def __getitem__(self, name):
-        assert name in self.modules, "all else is the base's, and need not be read"
+        assert name in self.changes, "all else is the base's, and need not be read"
         return super().__getitem__(name)
 
     def task_vector(self, name):
@@ -178,7 +179,7 @@ def test_low_rank_is_seen_even_after_rounding(base):
     }
     adapter = Adapter(stored, factors)
     unloaded = {name: tensor.bfloat16() for name, tensor in adapter.items()}
-    adapter["model.norm.weight"] = stored["model.norm.weight"] = torch.ones(2)
+    adapter.tensors["model.norm.weight"] = stored["model.norm.weight"] = torch.ones(2)
     found = diagnose(stored, {"adapter": adapter, "unloaded": unloaded}, NAMES)
     assert found.experts["rank"].tolist() == [4, 4]
     assert found.experts["stored"].tolist() == ["adapter", "bfloat16"]

@@ -48,10 +48,10 @@ def test_reads_checkpoints_lazily(tiny):
 def test_errors_name_parameter_expert_and_shapes(toy):
     with pytest.raises(ValueError, match="no experts"):
         TaskVectors(toy.base, {}, [NAME])
-    toy.experts["b"][NAME] = torch.zeros(2, 1)
+    toy.experts["b"].tensors[NAME] = torch.zeros(2, 1)
     with pytest.raises(ValueError, match=rf"{NAME}: expert b has shape \(2, 1\).*\(1, 2\)"):
         toy[NAME]
-    del toy.experts["b"][NAME]
+    del toy.experts["b"].tensors[NAME]
     with pytest.raises(ValueError, match="expert b does not have it"):
         toy[NAME]
 
