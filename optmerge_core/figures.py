@@ -91,20 +91,21 @@ def save_table(table, output_dir, name, decimals=2):
 
 
 def markdown(table, decimals=2):
-    """A table as GitHub markdown, numbers rounded to `decimals`, gaps as a dash."""
+    """A table as GitHub markdown, numbers rounded to `decimals`, gaps as a dash.
+
+    Not pandas' `to_markdown`: that needs tabulate, and leaves a bar within a cell as it is.
+    """
 
     def cell(value):
-        if isinstance(value, float):
-            return "–" if pd.isna(value) else f"{value:.{decimals}f}"
-        return "–" if pd.isna(value) else str(value)
+        if pd.isna(value):
+            return "–"
+        return f"{value:.{decimals}f}" if isinstance(value, float) else str(value)
 
-    header = [str(table.index.name or ""), *map(str, table.columns)]
-    rows = [
-        [str(index), *(cell(v) for v in row)]
-        for index, row in zip(table.index, table.itertuples(index=False), strict=True)
-    ]
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    header = [table.index.name or "", *table.columns]
+    rows = zip(table.index, table.itertuples(index=False), strict=True)
+    lines = [header, ["---"] * len(header), *([index, *map(cell, row)] for index, row in rows)]
+    escaped = [[str(text).replace("|", r"\|") for text in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in escaped) + "\n"
 
 
 def paper_table(folder, name):

@@ -59,6 +59,11 @@ def test_markdown_keeps_whole_numbers_whole():
     assert "| a | 3 |" in markdown(pd.DataFrame({"n": [3]}, index=["a"]))
 
 
+def test_markdown_keeps_a_bar_within_its_cell():
+    table = pd.DataFrame({"a|b": ["c|d"]}, index=pd.Index(["e|f"], name="g|h"))
+    assert markdown(table) == "| g\\|h | a\\|b |\n| --- | --- |\n| e\\|f | c\\|d |\n"
+
+
 def test_compare_lines_up_by_name():
     table = compare(pd.Series({"a": 1.0, "z": 9.0}), pd.Series({"b": 5.0, "a": 3.0}))
     assert list(table.index) == ["b", "a"]
