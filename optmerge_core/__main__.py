@@ -17,9 +17,8 @@ from rich.text import Text
 from optmerge_core.merging.families import summary
 from optmerge_core.merging.merge import merge
 from optmerge_core.study.notebooks import NotebookError, run
-from optmerge_core.study.open import open_models
+from optmerge_core.study.open import open_study
 from optmerge_core.study.recipe import Recipe, load_recipe
-from optmerge_core.task_vectors.diagnosis import diagnose
 from optmerge_core.task_vectors.findings import OTHER_BASE_NORM
 
 
@@ -103,8 +102,8 @@ def merge_command(options: argparse.Namespace) -> None:
 
 def inspect_command(options: argparse.Namespace) -> None:
     recipe = _load_recipe(options.recipe, options.stream)
-    base, experts, names = open_models(recipe, options.stream)
-    model_type = recipe.family or base.config().get("model_type")
+    study = open_study(recipe, stream=options.stream)
+    base, names, model_type = study.base, study.names, study.model_type
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     console.print(
         f"{recipe.name}: {model_type}, {len(names)} parameters merge, {len(base) - len(names)} "
@@ -117,15 +116,7 @@ def inspect_command(options: argparse.Namespace) -> None:
     ]
     _print_table(console, "parameters", family[["parameters", "count", "shapes", "merges"]])
 
-    method = recipe.merge_method
-    diagnosis = diagnose(
-        base,
-        experts,
-        names,
-        method=method,
-        options=recipe.options(method),
-        scaling_coefficient=recipe.scaling_coefficient,
-    )
+    diagnosis = study.diagnose()
     columns = ["stored", "relative_norm", "others", "unchanged", "rounding"]
     ranks = diagnosis.experts[["rank", "entropy_rank", "full_rank"]].map("{:.0f}".format)
     _print_table(

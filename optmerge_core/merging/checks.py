@@ -19,6 +19,9 @@ from optmerge_core.methods.registry import check_options
 from optmerge_core.runtime import FLOAT_DTYPES, in_order
 from optmerge_core.task_vectors.stack import TaskVectors
 
+TRIMMING = ("ties", "dare_ties")
+"""The methods that trim: per tensor, or over the whole model."""
+
 
 def check_request(
     experts: Mapping[str, Any],
@@ -35,10 +38,15 @@ def check_request(
         raise ValueError(f"scaling_coefficient {scaling_coefficient}: give a finite number")
     if trim not in ("tensor", "model"):
         raise ValueError(f"trim {trim!r}: give 'tensor' or 'model'")
-    if trim == "model" and method not in ("ties", "dare_ties"):
-        raise ValueError(f"trim='model' is for ties and dare_ties; {method} does not trim")
+    if trim == "model" and method not in TRIMMING:
+        raise ValueError(f"trim='model' is for {' and '.join(TRIMMING)}; {method} does not trim")
     if trim == "model" and isinstance(options.get("density"), list | tuple):
         raise ValueError("trim='model' takes one density for all experts; use trim='tensor'")
+
+
+def with_preset(method: str, options: Mapping[str, Any] | None, preset: str) -> dict[str, Any]:
+    """The options, OptMerge's with this preset unless they name one: others may be given beside."""
+    return ({"preset": preset} if method == "optmerge" else {}) | dict(options or {})
 
 
 def check_method(method: str, options: Mapping[str, Any], experts: int | None = None) -> None:

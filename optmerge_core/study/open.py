@@ -1,36 +1,113 @@
-"""A recipe opened: base model, experts and the names of the parameters that merge."""
+"""A recipe opened, and what merging takes of it: for commands, sweeps, notebooks, experiments."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from optmerge_core.checkpoints.open import open_checkpoint, open_expert
+from torch import Tensor
+
+from optmerge_core.checkpoints.open import open_checkpoint
+from optmerge_core.checkpoints.weights import Renamed
+from optmerge_core.merging.checks import TRIMMING, with_preset
 from optmerge_core.merging.families import mergeable
-from optmerge_core.merging.plan import check_experts, tied_head
+from optmerge_core.merging.merge import merge_tensors
+from optmerge_core.merging.plan import Opened, open_models
 from optmerge_core.study.recipe import Recipe
+from optmerge_core.task_vectors.diagnosis import Diagnosis, diagnose
+from optmerge_core.task_vectors.stack import TaskVectors
 
 
-def open_models(recipe: Recipe, stream: bool = False) -> tuple[Any, dict[str, Any], list[str]]:
-    """Base model, experts (name -> weights) and the names of the parameters that merge.
+@dataclass(frozen=True)
+class Study(Opened):
+    """A recipe with its base model and experts (name -> weights), and the names that merge.
 
-    Of a recipe that merges modalities, what merges of the specialists' language models; of the rest
-    `omni.compose` takes the mean. Raises `ValueError` (`CheckpointError` for files) for experts of
-    another base.
+    Of a recipe that merges modalities these are language models, and `specialists` has their
+    towers, configurations and tokenizers too.
     """
-    checkpoint = open_checkpoint(recipe.base_model, stream=stream)
-    model_type = recipe.family or checkpoint.config().get("model_type")
-    if recipe.merges == "modalities":
-        from optmerge_core.omni import specialists  # slow: transformers and PEFT
 
-        base, experts = specialists.LanguageModel(checkpoint), {}
-        names = mergeable(base.shapes(), model_type, recipe.scope)
-        for name, location in recipe.experts.items():
-            specialist = specialists.open_specialist(location)
-            specialists.check_language_model(name, specialist, base)
-            weights = specialist.language_model.weights
-            experts[name] = specialists.LanguageModel(weights, frozenset(names))
-        return base, experts, names
-    experts = {name: open_expert(x, checkpoint, stream) for name, x in recipe.experts.items()}
-    tied = tied_head(checkpoint) if recipe.scope == "all" else {}
-    names = [n for n in mergeable(checkpoint.shapes(), model_type, recipe.scope) if n not in tied]
-    return checkpoint, experts, check_experts(checkpoint, experts, names, model_type)
+    recipe: Recipe
+    specialists: dict[str, Any] = field(default_factory=dict)
+
+    def task_vectors(self, device: str = "cpu") -> TaskVectors:
+        """Name -> (experts, *shape) float32, computed when read."""
+        return TaskVectors(self.base, self.experts, self.names, device)
+
+    def merge_tensors(self, method: str | None = None, **other: Any) -> dict[str, Tensor]:
+        """Merged task vectors by a method (default: the recipe's), with the recipe's settings.
+
+        other: arguments of `merge_tensors` that are not the recipe's, such as method_options.
+        """
+        chosen = {"experts": self.experts, "names": self.names}
+        chosen |= settings_in_memory(self.recipe, method) | other
+        return merge_tensors(self.base, **chosen)
+
+    def diagnose(self) -> Diagnosis:
+        """Whether the experts will merge by the recipe's method; see `diagnosis.diagnose`."""
+        chosen = settings(self.recipe)
+        return diagnose(
+            self.base,
+            self.experts,
+            self.names,
+            method=chosen["method"],
+            options=chosen["method_options"],
+            scaling_coefficient=chosen["scaling_coefficient"],
+        )
+
+
+def open_study(
+    recipe: Recipe,
+    *,
+    stream: bool = False,
+    scope: str | None = None,
+    base_model: str | None = None,
+    experts: Mapping[str, Any] | None = None,
+) -> Study:
+    """Open what a recipe names; scope, base_model and experts (name -> location) replace its own.
+
+    Raises `ValueError` (`CheckpointError` for files) for experts of another base, and for
+    specialists that are to be streamed.
+    """
+    models = (base_model or recipe.base_model, recipe.experts if experts is None else experts)
+    chosen = {"family": recipe.family, "scope": scope or recipe.scope}
+    if recipe.merges == "capabilities":
+        return Study(**vars(open_models(*models, stream=stream, **chosen)), recipe=recipe)
+    if stream:
+        raise ValueError("specialists cannot be streamed; download them and leave stream out")
+    from optmerge_core.omni import specialists  # slow: transformers and PEFT
+
+    base = specialists.LanguageModel(open_checkpoint(models[0]))
+    model_type = recipe.family or base.config().get("model_type")
+    names = mergeable(base.shapes(), model_type, chosen["scope"])
+    opened = {m: specialists.open_specialist(source) for m, source in models[1].items()}
+    for modality, specialist in opened.items():
+        specialists.check_language_model(modality, specialist, base)
+    # Of all else `compose` takes the mean: it is not what experts changed and a merge would drop.
+    merging = {name: name for name in names}
+    languages = {m: Renamed(s.language_model, merging) for m, s in opened.items()}
+    return Study(base, languages, names, {}, model_type, recipe, opened)
+
+
+def settings(recipe: Recipe, method: str | None = None) -> dict[str, Any]:
+    """What `merge` and `compose` take from a recipe for a method (default: the recipe's own)."""
+    return settings_in_memory(recipe, method) | {
+        "scaling_coefficient": recipe.scaling_coefficient,
+        "dtype": recipe.dtype,
+        "family": recipe.family,
+        "scope": recipe.scope,
+    }
+
+
+def settings_in_memory(recipe: Recipe, method: str | None = None) -> dict[str, Any]:
+    """The part of `settings` that `merge_tensors` takes: method, method_options, seed, trim.
+
+    The recipe's `trim` belongs to every method that trims; all others have "tensor", which says
+    nothing of them. Modalities are merged by OptMerge's preset for them, as `compose` does it.
+    """
+    method = recipe.method(method)
+    options = recipe.options(method)
+    if recipe.merges == "modalities":
+        options = with_preset(method, options, "modality")
+    trim = recipe.trim if method in TRIMMING else "tensor"
+    return {"method": method, "method_options": options, "seed": recipe.seed, "trim": trim}

@@ -143,13 +143,17 @@ class Recipe(_Strict):
         """mergekit's `lambda`; 1 where the recipe does not say."""
         return self.parameters.get("lambda", 1.0)
 
+    def method(self, method: str | None = None) -> str:
+        """This package's name of a method, or mergekit's; default: the recipe's own."""
+        return mergekit.NAMES.get(method, method) or self.merge_method
+
     def options(self, method: str | None = None) -> dict[str, Any]:
         """Options of a method (default: the recipe's), from `parameters` and `method_options`.
 
         `parameters`, and what stands beside the models, belong to the recipe's own method;
         `mergekit` says what they mean.
         """
-        method = mergekit.NAMES.get(method, method) or self.merge_method
+        method = self.method(method)
         options = dict(self.method_options.get(method, {}))
         if method == self.merge_method:
             beside = [expert.parameters for expert in self._experts()]

@@ -25,13 +25,12 @@ from tqdm.auto import tqdm
 
 from optmerge_core import figures
 from optmerge_core.merging.checks import check_method
-from optmerge_core.merging.merge import merge_tensors
 from optmerge_core.methods.interference import interference
 from optmerge_core.methods.registry import METHODS
 from optmerge_core.runtime import parse_device
 from optmerge_core.study import mergekit
 from optmerge_core.study.index_page import write_index
-from optmerge_core.study.open import open_models
+from optmerge_core.study.open import open_study, settings_in_memory
 from optmerge_core.study.recipe import Recipe, load_recipe
 from optmerge_core.task_vectors.stack import TaskVectors
 
@@ -106,13 +105,14 @@ def points(recipe_paths: Sequence[str | Path], axes: Mapping[str, Sequence[Any]]
             raise ValueError(f"{path}: the name {recipe.name!r} is {names[recipe.name]}'s too")
         names[recipe.name] = path
         for method in axes.get("method", [recipe.merge_method]):
-            method = mergekit.NAMES.get(str(method), str(method))
+            method = recipe.method(str(method))
             missing = [name for name in others if name not in signature(METHODS[method]).parameters]
             if missing:
                 left_out[f"{method} has no {' or '.join(missing)}"] = None
                 continue
             for values in itertools.product(*(axes[name] for name in others)):
-                options = recipe.options(method) | dict(zip(others, values, strict=True))
+                options = settings_in_memory(recipe, method)["method_options"]
+                options |= dict(zip(others, values, strict=True))
                 check_method(method, options, len(recipe.experts))
                 for value in axes.get("lambda", [recipe.scaling_coefficient]):
                     scaling = float(mergekit.number("lambda", value))
@@ -182,22 +182,17 @@ def _study(
 ) -> Iterable[tuple[tuple, dict[str, Any]]]:
     """The rows of one recipe's points, as they are finished."""
     recipe = pending[0].recipe
-    base, experts, names = open_models(recipe)
-    score = score_of(recipe)
-    task_vectors = TaskVectors(base, experts, names, device)
+    study, score = open_study(recipe), score_of(recipe)
+    task_vectors = study.task_vectors(device)
     for _, group in itertools.groupby(pending, key=lambda point: point.key[:3]):
         group = list(group)
         method, options = group[0].method, group[0].options
-        trim = recipe.trim if method in ("ties", "dare_ties") else "tensor"
         start = time.perf_counter()
-        merged = merge_tensors(
-            base, experts, names, method=method, method_options=options, seed=recipe.seed,
-            device=device, trim=trim,
-        )  # fmt: skip
+        merged = study.merge_tensors(method, method_options=options, device=device)
         seconds = time.perf_counter() - start
         measure = _data_free(task_vectors, merged)
         for point in group:
-            scores = score(base, merged, point.scaling_coefficient) if score else {}
+            scores = score(study.base, merged, point.scaling_coefficient) if score else {}
             row = dict(zip([*KEYS, "settings"], point.key, strict=True)) | dict(scores)
             yield point.key, row | measure(point.scaling_coefficient) | {"seconds": seconds}
 
