@@ -180,6 +180,16 @@ def test_load_snippet_fits_the_model(tmp_path, config, files, expected):
     compile(code, "card", "exec")
 
 
+@pytest.mark.parametrize("file", ["processor_config.json", "preprocessor_config.json"])
+def test_a_processor_that_transformers_lacks_is_named(tmp_path, file):
+    (tmp_path / file).write_text('{"processor_class": "NowhereProcessor"}')
+    code = block(model_card(report(), {"architectures": ["Qwen2VLModel"]}, tmp_path), "python")
+    lines = code.splitlines()
+    assert lines[0] == "from transformers import AutoProcessor, Qwen2VLModel"
+    assert lines[1].startswith("# first import the package that has NowhereProcessor")
+    compile(code, "card", "exec")
+
+
 def test_remote_code_is_named_and_asked_for(tmp_path):
     config = {
         "architectures": ["InternVLChatModel"],
