@@ -1,15 +1,15 @@
-"""The interference loss of WUDI and OptMerge as a quadratic form, and the descent on it.
+"""Interference, the loss of WUDI (arXiv 2503.08099) and OptMerge (arXiv 2505.19892), minimised.
 
     loss(τ) = Σi wi ‖(τ − Ti) Liᵀ‖²F,    wi = 1 / ‖τi‖²F                   (Eq. 1 and Eq. 3)
 
-is quadratic in the merged task vector τ. With C = Σ wi LiᵀLi (n×n) and D = Σ wi Ti LiᵀLi (m×n)
+is quadratic in the merged task vector τ, whatever targets Ti and input subspaces Li a method takes.
+With C = Σ wi LiᵀLi (n×n) and D = Σ wi Ti LiᵀLi (m×n)
 
     loss(τ) = ⟨τ C, τ⟩ − 2 ⟨τ, D⟩ + constant,    gradient = 2 (τ C − D),
 
 so a step costs one m×n×n product however many experts there are, and gradient descent with
 momentum, being linear, is a polynomial in the eigenvalues of C. `ridge` stops short
 of the minimum too, in one step instead of many.
-Equations: OptMerge (arXiv 2505.19892).
 """
 
 from collections.abc import Callable
@@ -19,9 +19,63 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from optmerge_core.methods.contract import check_choice, check_share
 from optmerge_core.methods.svd import truncated_svd
 
 OnStep = Callable[[int, float, float], None]
+
+
+@dataclass(frozen=True)
+class Descent:
+    """Where the descent starts and how it goes; `optmerge` explains the fields."""
+
+    init: str
+    optimizer: str
+    learning_rate: float
+    learning_rate_unit: str = "absolute"
+    momentum: float = 0.9
+    steps: int = 300
+    shrink: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_choice("init", self.init, ("sum", "mean", "zero"))
+        check_choice("optimizer", self.optimizer, ("adam", "sgd", "ridge"))
+        check_choice("learning_rate_unit", self.learning_rate_unit, ("absolute", "rms"))
+        check_share("momentum", self.momentum, zero=True)
+        if self.learning_rate < 0 or self.steps < 0:
+            raise ValueError(
+                f"learning_rate {self.learning_rate} and steps {self.steps} must not be negative"
+            )
+        if self.shrink <= 0:
+            raise ValueError(f"shrink is {self.shrink}; it must be positive")
+
+
+def minimise_interference(
+    task_vectors: Tensor,
+    targets: Tensor,
+    subspaces: Tensor,
+    descent: Descent,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Descend from the start τ0, in the displacement δ = τ − τ0: -> (m, n).
+
+    task_vectors and targets (experts, m, n), subspaces (experts, any, n). Replacing Ti by Ti − τ0
+    moves the origin of the quadratic form to τ0. Where the start is already optimal the gradient is
+    then exactly 0, not the rounding error of τ0 C − D, which Adam would blow up to full steps.
+    """
+    if descent.init == "zero":
+        start = torch.zeros_like(task_vectors[0])
+    else:
+        start = task_vectors.sum(0) if descent.init == "sum" else task_vectors.mean(0)
+    form = interference(task_vectors, targets - start, subspaces)
+    learning_rate = descent.learning_rate
+    if descent.learning_rate_unit == "rms":
+        learning_rate *= task_vectors.square().mean().sqrt().item()
+    if descent.optimizer == "ridge":
+        return start + ridge(form, start, descent.shrink, on_step)
+    if descent.optimizer == "adam":
+        return start + adam(form, start, learning_rate, descent.steps, on_step)
+    return start + sgd(form, start, learning_rate, descent.momentum, descent.steps, on_step)
 
 
 @dataclass(frozen=True)

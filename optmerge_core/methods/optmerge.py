@@ -1,57 +1,36 @@
-"""WUDI and OptMerge: merging by minimising the interference between experts.
+"""OptMerge: the merged task vector that interferes least at low rank (arXiv 2505.19892).
 
-Both look for the merged task vector τ that minimises
+It is the τ that minimises
 
-    loss(τ) = Σi wi ‖(τ − Ti) Liᵀ‖²F,    wi = 1 / ‖τi‖²F                   (Eq. 1 and Eq. 3)
+    loss(τ) = Σi wi ‖(τ − Ti) Liᵀ‖²F,    wi = 1 / ‖τi‖²F                          (Eq. 3)
 
-with targets Ti and input subspaces Li. WUDI takes Ti = Li = τi; OptMerge truncates both to low
-rank. `interference.py` turns the loss into a quadratic form and descends on it.
-Equations: OptMerge (arXiv 2505.19892). Settings: its released code.
+where targets Ti and input subspaces Li are the task vectors τi truncated to low rank (Eq. 2).
+`interference.py` turns the loss into a quadratic form and descends on it. Settings: the released
+code's.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
-import torch
 from torch import Tensor
 
 from optmerge_core.methods.contract import check_choice, check_share, merge_method
-from optmerge_core.methods.interference import OnStep, adam, interference, ridge, sgd
-from optmerge_core.methods.svd import low_rank, randomized_low_rank
-
-LOW_RANK = {"exact": low_rank, "randomized": randomized_low_rank}
+from optmerge_core.methods.interference import Descent, OnStep, minimise_interference
+from optmerge_core.methods.svd import low_rank
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How the interference is posed and minimised; `optmerge` explains the fields."""
+@dataclass(frozen=True, kw_only=True)
+class Settings(Descent):
+    """How the interference is posed, besides how it is minimised; `optmerge` explains all."""
 
     center: bool
     subspace: str
-    init: str
-    optimizer: str
-    learning_rate: float
-    learning_rate_unit: str = "absolute"
-    momentum: float = 0.9
-    steps: int = 300
     rank_ratio: float | None = None
-    shrink: float = 0.1
-    svd: str = "exact"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("subspace", self.subspace, ("uncentered", "centered", "whole"))
-        check_choice("init", self.init, ("sum", "mean", "zero"))
-        check_choice("optimizer", self.optimizer, ("adam", "sgd", "ridge"))
-        check_choice("svd", self.svd, LOW_RANK)
-        check_choice("learning_rate_unit", self.learning_rate_unit, ("absolute", "rms"))
-        check_share("momentum", self.momentum, zero=True)
         if self.rank_ratio is not None:
             check_share("rank_ratio", self.rank_ratio)
-        if self.learning_rate < 0 or self.steps < 0:
-            raise ValueError(
-                f"learning_rate {self.learning_rate} and steps {self.steps} must not be negative"
-            )
-        if self.shrink <= 0:
-            raise ValueError(f"shrink is {self.shrink}; it must be positive")
 
 
 PRESETS = {
@@ -69,39 +48,6 @@ PRESETS = {
 
 
 @merge_method(matrices_only=True)
-def wudi(
-    task_vectors: Tensor,
-    *,
-    init: str = "sum",
-    optimizer: str = "adam",
-    learning_rate: float = 1e-5,
-    learning_rate_unit: str = "absolute",
-    momentum: float = 0.9,
-    steps: int = 300,
-    shrink: float = 0.1,
-    on_step: OnStep | None = None,
-) -> Tensor:
-    """WUDI merging, Eq. 1: targets and subspaces are the task vectors, (experts, m, n) -> (m, n).
-
-    Cheng et al., "Whoever started the interference should end it" (2025). The options are those
-    of `optmerge`.
-    """
-    settings = Settings(
-        center=False,
-        subspace="whole",
-        rank_ratio=1.0,
-        init=init,
-        optimizer=optimizer,
-        learning_rate=learning_rate,
-        learning_rate_unit=learning_rate_unit,
-        momentum=momentum,
-        steps=steps,
-        shrink=shrink,
-    )
-    return minimise_interference(task_vectors, settings, on_step)
-
-
-@merge_method(matrices_only=True)
 def optmerge(
     task_vectors: Tensor,
     *,
@@ -116,7 +62,6 @@ def optmerge(
     steps: int | None = None,
     rank_ratio: float | None = None,
     shrink: float | None = None,
-    svd: str | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """OptMerge, Eq. 2–3: (experts, m, n) -> (m, n). An option left at None is the preset's.
@@ -133,53 +78,14 @@ def optmerge(
                         makes Adam's steps, else in units of weights, follow the weights' size
     steps               number of steps of "adam" or "sgd"
     shrink              weight of ‖τ − start‖²F beside the loss, in mean eigenvalues of C
-    svd                 "exact", or "randomized" (a sketch), which is faster for large matrices
     on_step             called with (step, loss, ‖τ‖F) at the start, step 0, and after each step
     """
+    options = locals()
     check_choice("preset", preset, PRESETS)
-    overrides = {
-        "center": center,
-        "subspace": subspace,
-        "init": init,
-        "optimizer": optimizer,
-        "learning_rate": learning_rate,
-        "learning_rate_unit": learning_rate_unit,
-        "momentum": momentum,
-        "steps": steps,
-        "rank_ratio": rank_ratio,
-        "shrink": shrink,
-        "svd": svd,
-    }
-    given = {name: value for name, value in overrides.items() if value is not None}
-    return minimise_interference(task_vectors, replace(PRESETS[preset], **given), on_step)
-
-
-def minimise_interference(
-    task_vectors: Tensor, settings: Settings, on_step: OnStep | None = None
-) -> Tensor:
-    """Descend from the start τ0, in the displacement δ = τ − τ0: (experts, m, n) -> (m, n).
-
-    Replacing Ti by Ti − τ0 moves the origin of the quadratic form to τ0. Where the start is
-    already optimal the gradient is then exactly 0, not the rounding error of τ0 C − D, which
-    Adam would blow up to full steps.
-    """
-    start = _start(task_vectors, settings.init)
+    names = [field.name for field in fields(Settings) if options[field.name] is not None]
+    settings = replace(PRESETS[preset], **{name: options[name] for name in names})
     targets, subspaces = targets_and_subspaces(task_vectors, settings)
-    form = interference(task_vectors, targets - start, subspaces)
-    learning_rate = settings.learning_rate
-    if settings.learning_rate_unit == "rms":
-        learning_rate *= task_vectors.square().mean().sqrt().item()
-    if settings.optimizer == "ridge":
-        return start + ridge(form, start, settings.shrink, on_step)
-    if settings.optimizer == "adam":
-        return start + adam(form, start, learning_rate, settings.steps, on_step)
-    return start + sgd(form, start, learning_rate, settings.momentum, settings.steps, on_step)
-
-
-def _start(task_vectors: Tensor, init: str) -> Tensor:
-    if init == "zero":
-        return torch.zeros_like(task_vectors[0])
-    return task_vectors.sum(dim=0) if init == "sum" else task_vectors.mean(dim=0)
+    return minimise_interference(task_vectors, targets, subspaces, settings, on_step)
 
 
 def targets_and_subspaces(task_vectors: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -193,7 +99,7 @@ def targets_and_subspaces(task_vectors: Tensor, settings: Settings) -> tuple[Ten
         matrices = task_vectors - mean if center else task_vectors
         if rank == smaller_side:
             return matrices, matrices
-        return LOW_RANK[settings.svd](matrices, rank)
+        return low_rank(matrices, rank)
 
     targets, subspaces = truncate(settings.center)
     if settings.center:

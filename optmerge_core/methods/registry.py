@@ -16,10 +16,11 @@ from optmerge_core.methods.blocks import Blocks
 from optmerge_core.methods.contract import check_option_names
 from optmerge_core.methods.dare import dare_task_arithmetic, dare_ties
 from optmerge_core.methods.iso_c import iso_c
-from optmerge_core.methods.optmerge import optmerge, wudi
+from optmerge_core.methods.optmerge import optmerge
 from optmerge_core.methods.swudi import aswudi, swudi
-from optmerge_core.methods.ties import _ties_blocks, ties, trim_thresholds
+from optmerge_core.methods.ties import ties, ties_blocks
 from optmerge_core.methods.tsv import tsv
+from optmerge_core.methods.wudi import wudi
 
 
 def merges_in_blocks(method: str, options: Mapping[str, Any], trim: str = "tensor") -> bool:
@@ -30,7 +31,7 @@ def merges_in_blocks(method: str, options: Mapping[str, Any], trim: str = "tenso
 
 
 def merge_blocks(
-    method: str, blocks: Blocks, *, density: Any = 0.2, thresholds: Any = None, **options: Any
+    method: str, blocks: Blocks, **options: Any
 ) -> Iterator[tuple[Any, Tensor | None, Tensor]]:
     """(entries, block, merged entries), the values of `METHODS[method]`, block by block.
 
@@ -38,8 +39,7 @@ def merge_blocks(
     with checked options.
     """
     if method == "ties":
-        thresholds = trim_thresholds(blocks, density) if thresholds is None else thresholds
-        return _ties_blocks(blocks, thresholds, **options)
+        return ties_blocks(blocks, **options)
     return (
         (blocks.place(number), block, METHODS[method](block, **options))
         for number, block in enumerate(blocks)

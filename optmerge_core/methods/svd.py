@@ -52,26 +52,6 @@ def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return matrix @ V @ V.mT, S.unsqueeze(-1) * V.mT
 
 
-def randomized_low_rank(
-    matrix: Tensor, rank: int, oversampling: int = 16, iterations: int = 2, seed: int = 0
-) -> tuple[Tensor, Tensor]:
-    """As `low_rank`, from a random sketch: T (..., m, n), S Vh (..., k, n).
-
-    Halko, Martinsson and Tropp, "Finding structure with randomness" (2011), with `iterations`
-    products with A Aᵀ. Cost grows with m·n·k instead of min(m, n)³; the error of T is close to that
-    of the best approximation where the spectrum falls, larger where it is flat. The same seed, the
-    same bits.
-    """
-    rows, columns = matrix.shape[-2:]
-    width = min(rank + oversampling, rows, columns)
-    sketch = torch.randn(columns, width, generator=torch.Generator().manual_seed(seed))
-    Q = torch.linalg.qr(matrix @ sketch.to(matrix)).Q
-    for _ in range(iterations):
-        Q = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ Q).Q).Q
-    T, SVh = low_rank(Q.mT @ matrix, rank)
-    return Q @ T, SVh
-
-
 def _gram(matrix: Tensor) -> Tensor:
     """AᵀA in float64, (..., m, n) -> (..., n, n), of one matrix of the batch after the other.
 

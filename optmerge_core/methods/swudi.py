@@ -1,4 +1,4 @@
-"""WUDI in closed form on the leading eigenvalues, from the OptMerge authors' later release."""
+"""WUDI in closed form, from the later release of the OptMerge authors (arXiv 2505.19892)."""
 
 import math
 from collections.abc import Callable

@@ -1,15 +1,13 @@
 """TIES merging: trim, elect a sign, average what agrees (arXiv 2306.01708)."""
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
-from optmerge_core.methods.blocks import BLOCK, Blocks
+from optmerge_core.methods.blocks import BLOCK, Blocks, kth_smallest
 from optmerge_core.methods.contract import (
     Weights,
     check_choice,
@@ -18,69 +16,25 @@ from optmerge_core.methods.contract import (
     per_expert,
 )
 
-SAMPLE = 1 << 16
-"""Entries of each expert that a threshold is guessed from, before it is found."""
-
-
-def kth_smallest(blocks: Blocks, k: Sequence[int]) -> Tensor:
-    """The k-th smallest magnitude of each expert, exactly; k (experts,), 1 for the smallest.
-
-    A sample brackets it with a margin of five standard deviations; one pass counts what is below
-    and collects what is inside. In half precision so many entries are equal that both ends are
-    often one number: then counting is enough. Should the sample have misled, all of an expert's
-    entries are looked at. Returns (experts,).
-    """
-    if not blocks.entries:
-        return torch.zeros(len(k))
-    stride = max(1, blocks.entries // SAMPLE) | 1  # odd, as rows are seldom
-    sample = blocks.read(slice(0, blocks.entries, stride)).abs().numpy()
-    ends = [_bracket(row, rank / blocks.entries) for row, rank in zip(sample, k, strict=True)]
-    below, upto, inside = [0] * len(k), [0] * len(k), [[] for _ in k]
-    for block in blocks:
-        for expert, row in enumerate(block.abs().numpy()):  # numpy compares faster than torch
-            least, most = ends[expert]
-            small, large = row < least, row > most
-            below[expert] += np.count_nonzero(small)
-            upto[expert] += len(row) - np.count_nonzero(large)
-            if least < most:
-                inside[expert].append(row[~(small | large)])
-    values = []
-    for expert, rank in enumerate(k):
-        found, place = np.full(1, ends[expert][0], sample.dtype), 0
-        if not below[expert] < rank <= upto[expert]:
-            found, place = torch.cat([x[expert].abs() for x in blocks]).numpy(), rank - 1
-        elif inside[expert]:
-            found, place = np.concatenate(inside[expert]), rank - below[expert] - 1
-        values.append(np.partition(found, place)[place])
-    return torch.from_numpy(np.array(values))
-
-
-def _bracket(sample: np.ndarray, share: float) -> tuple[float, float]:
-    """Between which values of a sample the quantile of all entries lies, almost surely."""
-    drawn = len(sample)
-    margin = 5 * math.sqrt(drawn * share * (1 - share)) + 2
-    low, high = int(drawn * share - margin), int(drawn * share + margin)
-    sample = np.partition(sample, [place for place in (0, low, high) if 0 <= place < drawn])
-    return (
-        sample[low] if low >= 0 else -1.0,
-        sample[high] if high < drawn else math.inf,
-    )
-
 
 def ties_blocks(
     blocks: Blocks,
-    thresholds: Tensor,
     *,
-    weights: Tensor | None = None,
+    density: float | Sequence[float] = 0.2,
+    thresholds: Tensor | None = None,
+    weights: Weights = None,
     normalize: bool = True,
     rule: str = "released",
 ) -> Iterator[tuple[Any, Tensor | None, Tensor]]:
-    """Steps 2 and 3 of `methods.ties`: (entries, block, merged entries), block by block.
+    """`ties` block by block: (entries, block (experts, size), merged entries (size,)).
 
-    thresholds (experts,); weights (experts, 1), if any. Where experts cancel exactly, the whole
-    parameter's majority decides: such entries come once more at the end, by their numbers and
-    without a block.
+    Where experts cancel exactly, the whole parameter's majority decides: such entries come once
+    more at the end, by their numbers and without a block.
     """
+    if thresholds is None:
+        thresholds = trim_thresholds(blocks, density)
+    if weights is not None:
+        weights = thresholds.new_tensor(per_expert("weights", weights, len(thresholds)))[:, None]
     # hardshrink keeps what is larger than its limit, in a fifth of the time that masks take.
     limits = thresholds.nextafter(thresholds.new_zeros(())).tolist()
     balance, drawn = thresholds.new_zeros(()), {}
@@ -165,17 +119,11 @@ def ties(
     blocks = Blocks.of(task_vectors, BLOCK << (9 * task_vectors.is_cuda))
     merged = task_vectors.new_empty(blocks.entries)
     options = {"weights": weights, "normalize": normalize, "rule": rule}
-    for entries, _, result in _ties_blocks(blocks, thresholds.to(task_vectors), **options):
+    for entries, _, result in ties_blocks(
+        blocks, thresholds=thresholds.to(task_vectors), **options
+    ):
         merged[entries] = result
     return merged.view(task_vectors.shape[1:])
-
-
-def _ties_blocks(
-    blocks: Blocks, thresholds: Tensor, weights: Weights = None, **options: Any
-) -> Iterator[tuple[Any, Tensor | None, Tensor]]:
-    if weights is not None:
-        weights = thresholds.new_tensor(per_expert("weights", weights, len(thresholds)))[:, None]
-    return ties_blocks(blocks, thresholds, weights=weights, **options)
 
 
 def trim_thresholds(task_vectors: Tensor | Blocks, density: float | Sequence[float]) -> Tensor:

@@ -110,32 +110,10 @@ def measure(scale, preset, steps, loop_steps, rate):
     return rows
 
 
-def measure_randomized(scale, rate):
-    """The LoRA preset with a sketch instead of eigenproblems, beside the exact one."""
-    shapes = list(layer_shapes(INTERNVL_1B, scale).values())
-    stacks = [task_vectors(shape, seed) for seed, shape in enumerate(shapes)]
-    merged, spent = {}, {}
-    for svd in ("randomized", "exact"):
-        spent[svd], merged[svd] = seconds(
-            lambda svd=svd: list(in_order(lambda x: optmerge(x, preset="lora", svd=svd), stacks))
-        )
-    pairs = list(zip(merged["randomized"], merged["exact"], strict=True))
-    errors = sum((x - y).square().sum() for x, y in pairs)
-    return {
-        "case": f"one layer of InternVL2.5-1B, scale {scale:g}, lora preset, randomized SVD",
-        "floor (s)": sum(floor_flops(shape, "lora", 300) for shape in shapes) / rate,
-        "ours (s)": spent["randomized"],
-        "other": "ours, exact",
-        "other (s)": spent["exact"],
-        "difference": float((errors / sum(y.square().sum() for _, y in pairs)).sqrt()),
-    }
-
-
 def main(scales, presets, steps, loop_steps):
     rate = matmul_rate()
     cases = product(scales, presets)
     rows = [row for case in cases for row in measure(*case, steps, loop_steps, rate)]
-    rows += [measure_randomized(scale, rate) for scale in scales]
     if steps == 300:
         record(rows)
     show("one layer", rows)

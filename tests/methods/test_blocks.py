@@ -5,10 +5,8 @@ import pytest
 import torch
 
 from optmerge_core import METHODS, merge
-from optmerge_core.methods.blocks import Blocks
+from optmerge_core.methods.blocks import Blocks, kth_smallest
 from optmerge_core.methods.registry import merge_blocks, merges_in_blocks
-from optmerge_core.methods.ties import kth_smallest, trim_thresholds
-from optmerge_core.task_vectors.stack import TaskVectors
 
 
 def stacks():
@@ -36,7 +34,7 @@ STACKS = dict(stacks())
 @pytest.mark.parametrize("name", STACKS)
 @pytest.mark.parametrize("sample", [8, 100, 1 << 16])
 def test_the_kth_smallest_is_that_of_sorting(name, sample, monkeypatch):
-    monkeypatch.setattr("optmerge_core.methods.ties.SAMPLE", sample)
+    monkeypatch.setattr("optmerge_core.methods.blocks.SAMPLE", sample)
     stack = STACKS[name]
     ordered = np.sort(stack.flatten(1).abs().numpy(), axis=1)
     size = ordered.shape[1]
@@ -48,7 +46,7 @@ def test_the_kth_smallest_is_that_of_sorting(name, sample, monkeypatch):
 
 def test_a_sample_that_misleads(monkeypatch):
     """Every entry that is drawn is large, all others are small."""
-    monkeypatch.setattr("optmerge_core.methods.ties.SAMPLE", 100)
+    monkeypatch.setattr("optmerge_core.methods.blocks.SAMPLE", 100)
     numbers = torch.rand(1, 10_000)
     numbers[:, :: 10_000 // 100 | 1] += 1
     ordered = numbers.sort(dim=1).values
@@ -101,13 +99,3 @@ def test_a_merge_in_small_blocks_writes_the_same_bytes(tiny, tmp_path, monkeypat
     assert files
     for file in files:
         assert (tmp_path / "large" / file).read_bytes() == (tmp_path / "small" / file).read_bytes()
-
-
-def test_task_vectors_in_blocks_are_the_stack():
-    base = {"w": torch.randn(30, 40).bfloat16()}
-    experts = {n: {"w": (base["w"] + torch.randn(30, 40)).bfloat16()} for n in "abc"}
-    task_vectors = TaskVectors(base, experts, ["w"])
-    pieces = task_vectors.blocks("w", base["w"])
-    assert torch.equal(pieces.read(slice(0, None)), task_vectors["w"].flatten(1))
-    assert torch.equal(pieces.read(slice(0, None, 7)), task_vectors["w"].flatten(1)[:, ::7])
-    assert torch.equal(trim_thresholds(pieces, 0.2), trim_thresholds(task_vectors["w"], 0.2))

@@ -1,4 +1,5 @@
-import numpy as np
+"""Task vectors parameter by parameter, lazily, and what is added back."""
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -6,8 +7,8 @@ from hypothesis import strategies as st
 
 from optmerge_core.checkpoints.open import open_checkpoint
 from optmerge_core.merging.merge import model_thresholds
+from optmerge_core.methods.ties import trim_thresholds
 from optmerge_core.task_vectors.stack import TaskVectors, apply, derive_seed
-from optmerge_core.task_vectors.tables import layer_norms, magnitudes
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 
@@ -45,6 +46,16 @@ def test_reads_checkpoints_lazily(tiny):
     assert torch.equal(stack[1], experts["ocr"][name].float() - base[name].float())
 
 
+def test_task_vectors_in_blocks_are_the_stack():
+    base = {"w": torch.randn(30, 40).bfloat16()}
+    experts = {n: {"w": (base["w"] + torch.randn(30, 40)).bfloat16()} for n in "abc"}
+    task_vectors = TaskVectors(base, experts, ["w"])
+    pieces = task_vectors.blocks("w", base["w"])
+    assert torch.equal(pieces.read(slice(0, None)), task_vectors["w"].flatten(1))
+    assert torch.equal(pieces.read(slice(0, None, 7)), task_vectors["w"].flatten(1)[:, ::7])
+    assert torch.equal(trim_thresholds(pieces, 0.2), trim_thresholds(task_vectors["w"], 0.2))
+
+
 def test_errors_name_parameter_expert_and_shapes(toy):
     with pytest.raises(ValueError, match="no experts"):
         TaskVectors(toy.base, {}, [NAME])
@@ -61,33 +72,6 @@ def test_apply_works_in_float32_and_keeps_the_dtype():
     assert apply(base, merged, 1.5).dtype == torch.float16
     assert torch.equal(apply(base, merged, 1.5), (base.float() + 1.5 * merged).half())
     assert apply(base, merged, 1.5, torch.bfloat16).dtype == torch.bfloat16
-
-
-def test_layer_norms(toy):
-    table = layer_norms(toy).set_index("expert")
-    assert table.loc["b", ["parameter", "layer", "kind", "size"]].tolist() == [
-        NAME, 1, "up_proj", 2,
-    ]  # fmt: skip
-    assert table.loc["b", "norm"] == 5 and table.loc["b", "base_norm"] == 5
-    assert table.loc["b", "norm_per_parameter"] == 2.5
-    assert table.loc["a", "relative_norm"] == pytest.approx(0.2)
-
-
-def test_magnitudes_sample_the_same_entries_of_every_expert():
-    base = {"w": torch.zeros(40, 50), "v": torch.zeros(3)}
-    values = torch.randperm(2000).float().view(40, 50)
-    experts = {"a": {"w": values, "v": torch.ones(3)}, "b": {"w": -values, "v": torch.ones(3)}}
-    table = magnitudes(TaskVectors(base, experts, ["w", "v"]), sample=100, seed=1)
-    drawn = {
-        key: rows["magnitude"].to_numpy() for key, rows in table.groupby(["expert", "parameter"])
-    }
-    assert np.array_equal(drawn["a", "w"], drawn["b", "w"])
-    assert len(set(drawn["a", "w"])) == 100 and len(drawn["a", "v"]) == 3
-    assert table.groupby("expert")["weight"].sum().tolist() == [2003, 2003]
-    again = magnitudes(TaskVectors(base, experts, ["v", "w"]), sample=100, seed=1)
-    assert np.array_equal(
-        again.query("expert == 'a' and parameter == 'w'")["magnitude"], drawn["a", "w"]
-    )
 
 
 def test_derived_seeds_differ():

@@ -1,0 +1,93 @@
+"""Singular value decompositions against torch's."""
+
+import pytest
+import torch
+
+from optmerge_core.methods.svd import low_rank, singular_values, truncated_svd
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+MATRICES = {
+    "tall": randn(30, 12),
+    "wide": randn(12, 30),
+    "square": randn(16, 16),
+    "batch": randn(3, 2, 9, 14),
+    "decaying": randn(40, 20) * torch.logspace(0, -5, 20, dtype=torch.float64),
+    "one column": randn(8, 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("matrix", MATRICES.values(), ids=list(MATRICES))
+def test_svd_equals_torchs(matrix, dtype):
+    matrix = matrix.to(dtype)
+    U, S, Vh = truncated_svd(matrix)
+    assert U.dtype == S.dtype == Vh.dtype == dtype
+    expected = torch.linalg.svdvals(matrix)
+    largest = expected.amax().item()
+    tolerance = {torch.float32: 1e-6, torch.float64: 1e-10}[dtype] * largest
+    torch.testing.assert_close(S, expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close(singular_values(matrix), expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close((U * S.unsqueeze(-2)) @ Vh, matrix, rtol=0, atol=10 * tolerance)
+    identity = torch.eye(S.shape[-1], dtype=dtype).expand(*S.shape, -1)
+    torch.testing.assert_close(U.mT @ U, identity, rtol=0, atol=1e-5)
+    torch.testing.assert_close(Vh @ Vh.mT, identity, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["tall", "wide", "batch"])
+def test_truncation_is_the_best_approximation(name):
+    matrix = MATRICES[name]
+    for rank in (1, 4, 100):
+        U, S, Vh = truncated_svd(matrix, rank)
+        kept = min(rank, *matrix.shape[-2:])
+        assert (U.shape[-1], S.shape[-1], Vh.shape[-2]) == (kept, kept, kept)
+        error = torch.linalg.matrix_norm(matrix - (U * S.unsqueeze(-2)) @ Vh)
+        tail = torch.linalg.svdvals(matrix)[..., rank:].square().sum(-1).sqrt()
+        torch.testing.assert_close(error, tail, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match="rank is 0"):
+        truncated_svd(matrix, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("matrix", MATRICES.values(), ids=list(MATRICES))
+def test_low_rank_equals_torchs_svd(matrix, dtype):
+    matrix = matrix.to(dtype)
+    largest = torch.linalg.svdvals(matrix).amax().item()
+    tolerance = {torch.float32: 1e-6, torch.float64: 1e-9}[dtype] * largest
+    for rank in (1, 5, 100):
+        T, SVh = low_rank(matrix, rank)
+        assert T.dtype == SVh.dtype == dtype
+        U, S, Vh = (x.double() for x in torch.linalg.svd(matrix.double(), full_matrices=False))
+        U, S, Vh = U[..., :rank], S[..., :rank, None], Vh[..., :rank, :]
+        torch.testing.assert_close(T.double(), U @ (S * Vh), rtol=0, atol=10 * tolerance)
+        squares = (SVh.mT @ SVh).double()  # singular vectors have no sign of their own
+        torch.testing.assert_close(
+            squares, (S * Vh).mT @ (S * Vh), rtol=0, atol=10 * tolerance * largest
+        )
+        norms = torch.linalg.vector_norm(SVh, dim=-1).double()
+        torch.testing.assert_close(norms, S[..., 0], rtol=0, atol=tolerance)
+    for part in low_rank(torch.zeros_like(matrix), 3):
+        assert torch.equal(part, torch.zeros_like(part))
+
+
+@pytest.mark.parametrize("shape", [(20, 12), (12, 20)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_what_is_not_resolved_is_exactly_zero(shape, dtype):
+    matrix = (randn(shape[0], 3) @ randn(3, shape[1], seed=1)).to(dtype)
+    U, S, Vh = truncated_svd(matrix)
+    assert S.count_nonzero() == singular_values(matrix).count_nonzero() == 3
+    assert torch.equal(U[:, 3:], torch.zeros_like(U[:, 3:]))
+    assert torch.equal(Vh[3:], torch.zeros_like(Vh[3:]))
+    torch.testing.assert_close(U * S @ Vh, matrix)
+    for part in truncated_svd(torch.zeros(2, *shape, dtype=dtype)):
+        assert torch.equal(part, torch.zeros_like(part))
+
+
+def test_svd_leaves_its_input():
+    matrix = MATRICES["tall"].clone()
+    truncated_svd(matrix)
+    singular_values(matrix)
+    assert torch.equal(matrix, MATRICES["tall"])
