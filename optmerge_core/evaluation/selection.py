@@ -1,31 +1,10 @@
-"""Choosing scaling coefficients on validation data, and telling differences from chance."""
+"""Choosing scaling coefficients on validation data."""
 
 from collections.abc import Iterator, Mapping
 
-import numpy as np
 import pandas as pd
 import psutil
 from tqdm.auto import tqdm
-
-
-def bootstrap(answers, resamples=1000, seed=0):
-    """Resampled accuracies (resamples, tasks + 1), in per cent; the last column is the average.
-
-    Samples are drawn anew within each task. The same seed draws the same samples for every model,
-    so differences between two models' results are paired.
-    """
-    rng = np.random.default_rng(seed)
-    columns = []
-    for task in answers["task"].unique():
-        correct = answers.loc[answers["task"] == task, "correct"].to_numpy(float)
-        draws = rng.integers(len(correct), size=(resamples, len(correct)))
-        columns.append(100 * correct[draws].mean(1))
-    return np.column_stack([*columns, np.mean(columns, axis=0)])
-
-
-def interval(samples, level=0.95):
-    """The central interval of bootstrap samples, along the first axis."""
-    return np.quantile(samples, [(1 - level) / 2, (1 + level) / 2], axis=0)
 
 
 def search_scaling(score, methods, grid, extensions=6):

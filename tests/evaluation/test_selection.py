@@ -1,11 +1,10 @@
-"""Choosing scaling coefficients, and intervals."""
+"""Choosing scaling coefficients."""
 
 import numpy as np
 import pandas as pd
-import pytest
 
 from optmerge_core.evaluation.metrics import accuracy
-from optmerge_core.evaluation.selection import best_scaling, bootstrap, interval, search_scaling
+from optmerge_core.evaluation.selection import best_scaling, search_scaling
 
 TASKS = ("VQA", "Geometry", "Chart", "OCR", "Grounding")
 
@@ -19,18 +18,6 @@ def test_accuracy_averages_tasks():
     scores = accuracy(answers([0.0, 0.25, 0.5, 0.75, 1.0]))
     assert list(scores.index) == [*TASKS, "Avg"]
     assert list(scores) == [0, 25, 50, 75, 100, 50]
-
-
-def test_bootstrap_is_centred_paired_and_as_wide_as_theory():
-    table = answers([0.5] * 5)
-    samples = bootstrap(table, resamples=2000)
-    assert samples.shape == (2000, 6)
-    assert np.array_equal(samples, bootstrap(table, resamples=2000))
-    assert samples[:, -1].mean() == pytest.approx(50, abs=0.3)
-    assert samples[:, 0].std() == pytest.approx(100 * (0.25 / 200) ** 0.5, rel=0.1)
-    low, high = interval(samples[:, -1])
-    assert low < 50 < high
-    assert np.allclose(samples[:, -1], samples[:, :5].mean(1))
 
 
 def test_search_grows_a_methods_grid_until_its_choice_is_not_at_the_edge():
