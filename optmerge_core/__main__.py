@@ -6,18 +6,16 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import pandas as pd
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-from optmerge_core.merging.families import summary
 from optmerge_core.merging.merge import merge
+from optmerge_core.study.inspect import show
 from optmerge_core.study.notebooks import NotebookError, run
-from optmerge_core.study.open import open_study
+from optmerge_core.study.open import check_stream, open_study
 from optmerge_core.study.recipe import Recipe, load_recipe
 from optmerge_core.task_vectors.findings import OTHER_BASE_NORM
 
@@ -45,8 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _load_recipe(path: str, stream: bool) -> Recipe:
     recipe = load_recipe(path)
-    if stream and recipe.merges == "modalities":
-        raise ValueError(f"{path}: specialists cannot be streamed; leave --stream out")
+    check_stream(recipe, stream)
     left_out = [e.name for e in recipe.models if e.name not in recipe.experts]
     if left_out:
         names = ", ".join(left_out)
@@ -102,59 +99,8 @@ def merge_command(options: argparse.Namespace) -> None:
 
 def inspect_command(options: argparse.Namespace) -> None:
     recipe = _load_recipe(options.recipe, options.stream)
-    study = open_study(recipe, stream=options.stream)
-    base, names, model_type = study.base, study.names, study.model_type
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    console.print(
-        f"{recipe.name}: {model_type}, {len(names)} parameters merge, {len(base) - len(names)} "
-        + ("are averaged" if recipe.merges == "modalities" else "are the base's")
-    )
-    with warnings.catch_warnings(action="ignore"):  # mergeable has said it
-        family = summary(base.shapes(), model_type, recipe.scope)
-    family["merges"] = [
-        "yes" if row.merges else f"no: {row.why}" for row in family.itertuples(index=False)
-    ]
-    _print_table(console, "parameters", family[["parameters", "count", "shapes", "merges"]])
-
-    diagnosis = study.diagnose()
-    columns = ["stored", "relative_norm", "others", "unchanged", "rounding"]
-    ranks = diagnosis.experts[["rank", "entropy_rank", "full_rank"]].map("{:.0f}".format)
-    _print_table(
-        console,
-        "task vectors",
-        diagnosis.experts[columns].join(ranks).rename_axis("expert").reset_index(),
-        "relative_norm: of the base's; others: what the other experts add in a sum, likewise; "
-        "unchanged: entries equal to the base's; rounding: share of the energy that is noise",
-    )
-    layers = diagnosis.layers.rename_axis(columns=None).reset_index()
-    _print_table(console, "relative norm by layer", layers)
-    _print_table(console, "pairs of experts", diagnosis.pairs.reset_index())
-    _print_table(console, "changed, but not merged", diagnosis.dropped)
-    for finding in diagnosis.findings:
-        color = {"problem": "red", "warning": "yellow", "note": "cyan"}[finding.severity]
-        console.print(Text.assemble((f"{finding.severity}: ", color), str(finding)))
-    if all(finding.severity == "note" for finding in diagnosis.findings):
-        console.print("Nothing measured speaks against this merge.")
-
-
-def _print_table(
-    console: Console, title: str, rows: pd.DataFrame, caption: str | None = None
-) -> None:
-    """Floats are shares, shown in per cent; nothing for no rows."""
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
-    for name, column in rows.items():
-        text = not pd.api.types.is_numeric_dtype(column)
-        heading = str(name).replace("_", " ")
-        table.add_column(heading, justify="left" if text else "right", overflow="fold")
-        rows = rows.assign(**{name: [_cell(value) for value in column]})
-    for row in rows.itertuples(index=False):
-        table.add_row(*row)
-    if len(rows):
-        console.print(table)
-
-
-def _cell(value: Any) -> str:
-    return ("–" if pd.isna(value) else f"{value:.1%}") if isinstance(value, float) else str(value)
+    width = None if sys.stdout.isatty() else 120
+    show(open_study(recipe, stream=options.stream), Console(highlight=False, width=width))
 
 
 def run_command(options: argparse.Namespace) -> None:
@@ -166,7 +112,7 @@ def run_command(options: argparse.Namespace) -> None:
     if options.output is None:
         raise ValueError("--sweep: give --output DIR, the folder of its table")
     axes = parse_axes(options.sweep)
-    score_of = _validation_score(options)
+    score_of = partial(_validation_score, options.device)
     table = readable(sweep(options.recipe, axes, options.output, options.device, score_of))
     shown = Table(title="validation accuracy (%), and what needs no data")
     for name in table:
@@ -179,28 +125,20 @@ def run_command(options: argparse.Namespace) -> None:
     print(f"to read: {options.output}/index.html; all points: {options.output}/figures")
 
 
-def _validation_score(options: argparse.Namespace):
-    """recipe -> how a sweep scores its merged models; None where it names no questions."""
+def _validation_score(device: str, recipe: Recipe):
+    """How a sweep scores a recipe's merged models; None where it names no questions."""
+    size = recipe.evaluation
+    if size.data is None:
+        return None
+    # the package itself needs no benchmark
+    from optmerge_core.benchmark.evaluator import evaluator_for
+    from optmerge_core.evaluation.metrics import accuracy
+    from optmerge_core.evaluation.questions import load_split
 
-    def score_of(recipe):
-        if recipe.evaluation.data is None:
-            return None
-        # the package itself needs no benchmark
-        from optmerge_core.benchmark.evaluator import evaluator_for
-        from optmerge_core.evaluation.metrics import accuracy
-        from optmerge_core.evaluation.questions import load_split
-
-        count = recipe.evaluation.validation_samples
-        data = load_split(recipe.evaluation.data, "validation", count)
-        evaluator = evaluator_for(
-            recipe.base_model,
-            data,
-            device=options.device,
-            trust_remote_code=recipe.trust_remote_code,
-        )
-        return lambda *merged: accuracy(evaluator.answer_merged(*merged)).to_dict()
-
-    return score_of
+    data = load_split(size.data, "validation", size.validation_samples)
+    trust = recipe.trust_remote_code
+    evaluator = evaluator_for(recipe.base_model, data, device=device, trust_remote_code=trust)
+    return lambda *merged: accuracy(evaluator.answer_merged(*merged)).to_dict()
 
 
 def benchmarks_command(options: argparse.Namespace) -> None:

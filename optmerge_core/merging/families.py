@@ -9,13 +9,9 @@ its own matrices.
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
-from collections import Counter
 from collections.abc import Mapping
-
-import pandas as pd
 
 SCOPES = ("linear", "all")
 
@@ -63,15 +59,12 @@ FAMILIES = {
 """config.json's `model_type` -> regular expression of the full names that merge."""
 
 _DEFAULT = rf"(?:.+\.)?{_LAYER}"
-_NOT_LANGUAGE = re.compile(
+NOT_LANGUAGE = re.compile(
     r"vision|visual|(?:^|[._])vit|image|img|clip|siglip|dino|audio|speech|video|projector|connector"
     r"|merger|mlp1|resampler|qformer|perceiver|abstractor|embed|lora_",
     re.IGNORECASE,
 )
-_FUSED_EXPERTS = re.compile(r"layers\.\d+\.(?:.+\.)?experts\.\w+$")
-_OUTSIDE = re.compile(rf"(?:[^.]+\.)*?[^.]*(?:{_NOT_LANGUAGE.pattern})[^.]*\.", re.IGNORECASE)
-_EMBEDDINGS = re.compile(r"(?:embed_tokens|tok_embeddings|wte)\.weight$")
-_HEAD = re.compile(r"(?:^|\.)(?:lm_head|language_model\.output)\.weight$")
+FUSED_EXPERTS = re.compile(r"layers\.\d+\.(?:.+\.)?experts\.\w+$")
 
 
 def mergeable(
@@ -108,7 +101,7 @@ def mergeable(
             "is it another model? (scope 'all' merges whatever its names are)"
         )
     fused = [
-        n for n, shape in names_and_shapes.items() if len(shape) == 3 and _FUSED_EXPERTS.search(n)
+        n for n, shape in names_and_shapes.items() if len(shape) == 3 and FUSED_EXPERTS.search(n)
     ]
     if fused:
         warnings.warn(
@@ -121,68 +114,10 @@ def mergeable(
 
 def merges(name: str, shape: tuple[int, ...], model_type: str | None) -> bool:
     """Whether one parameter merges under its family's rule, or the default one."""
-    return len(shape) == 2 and _follows_rule(name, model_type)
+    return len(shape) == 2 and follows_rule(name, model_type)
 
 
-def summary(
-    names_and_shapes: Mapping[str, tuple[int, ...]], model_type: str | None, scope: str = "linear"
-) -> pd.DataFrame:
-    """What a merge does with each kind of parameter: one row a kind, in the checkpoint's order.
-
-    A kind is a name with its numbers replaced by `*`; of what lies outside the language model, a
-    tower or a connector, each module is one row. Columns: parameters (the kind), count, shapes (the
-    two most frequent), entries (of all together), merges (True or False), why. Raises `ValueError`
-    as `mergeable` does.
-    """
-    merging = set(mergeable(names_and_shapes, model_type, scope))
-    fronts = {_front(name) for name in names_and_shapes if _follows_rule(name, model_type)}
-    rows = []
-    for name, shape in names_and_shapes.items():
-        part, why = _part(name, shape, _front(name) in fronts)
-        if name in merging and scope == "all":
-            why = f"scope all: {why}"
-        rows.append((part, name in merging, why, shape, math.prod(shape)))
-    table = pd.DataFrame(rows, columns=["parameters", "merges", "why", "shapes", "entries"])
-    groups = table.groupby(["parameters", "merges", "why"], sort=False)
-    table = groups.agg(
-        count=("shapes", "size"), shapes=("shapes", _shapes), entries=("entries", "sum")
-    )
-    return table.reset_index()[["parameters", "count", "shapes", "entries", "merges", "why"]]
-
-
-def _follows_rule(name: str, model_type: str | None) -> bool:
+def follows_rule(name: str, model_type: str | None) -> bool:
     if model_type in FAMILIES:
         return re.fullmatch(FAMILIES[model_type], name) is not None
-    return re.fullmatch(_DEFAULT, name) is not None and not _NOT_LANGUAGE.search(name)
-
-
-def _front(name: str) -> str | None:
-    """What stands before a layer's number: `model.layers.` of `model.layers.3.mlp.up_proj.bias`."""
-    match = re.match(r"(.*?\blayers\.)\d+\.", name)
-    return match[1] if match else None
-
-
-def _part(name: str, shape: tuple[int, ...], in_language_layers: bool) -> tuple[str, str]:
-    """The row of `summary` a parameter belongs to, and what it is."""
-    kind = re.sub(r"\.\d+(?=\.)", ".*", name)
-    if not in_language_layers:
-        if _EMBEDDINGS.search(name):
-            return kind, "embeddings"
-        if _HEAD.search(name):
-            return kind, "head"
-        if outside := _OUTSIDE.match(name):
-            return f"{outside[0]}*", "outside the language model"
-    elif len(shape) == 2 and name.endswith(".weight"):
-        return kind, "linear layer of the language model"
-    elif _FUSED_EXPERTS.search(name):
-        return kind, "experts fused in one tensor"
-    if len(shape) == 1:
-        return kind, "bias" if name.endswith("bias") else "norm" if "norm" in name else "vector"
-    return kind, "not a linear layer of the language model"
-
-
-def _shapes(shapes: pd.Series) -> str:
-    """`896 × 896, 128 × 896, …`: the two most frequent shapes."""
-    texts = [" × ".join(map(str, shape)) or "scalar" for shape in shapes]
-    most = [text for text, _ in Counter(texts).most_common(3)]
-    return ", ".join(most[:2] + ["…"] * (len(most) > 2))
+    return re.fullmatch(_DEFAULT, name) is not None and not NOT_LANGUAGE.search(name)

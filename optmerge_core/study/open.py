@@ -71,10 +71,9 @@ def open_study(
     """
     models = (base_model or recipe.base_model, recipe.experts if experts is None else experts)
     chosen = {"family": recipe.family, "scope": scope or recipe.scope}
+    check_stream(recipe, stream)
     if recipe.merges == "capabilities":
         return Study(**vars(open_models(*models, stream=stream, **chosen)), recipe=recipe)
-    if stream:
-        raise ValueError("specialists cannot be streamed; download them and leave stream out")
     from optmerge_core.omni import specialists  # slow: transformers and PEFT
 
     base = specialists.LanguageModel(open_checkpoint(models[0]))
@@ -87,6 +86,12 @@ def open_study(
     merging = {name: name for name in names}
     languages = {m: Renamed(s.language_model, merging) for m, s in opened.items()}
     return Study(base, languages, names, {}, model_type, recipe, opened)
+
+
+def check_stream(recipe: Recipe, stream: bool) -> None:
+    """Raise `ValueError` where specialists are to be streamed."""
+    if stream and recipe.merges == "modalities":
+        raise ValueError(f"{recipe.name}: specialists cannot be streamed; leave stream out")
 
 
 def settings(recipe: Recipe, method: str | None = None) -> dict[str, Any]:

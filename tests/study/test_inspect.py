@@ -1,0 +1,54 @@
+import pytest
+from published import HUB
+
+from optmerge_core.study.inspect import summary
+
+LINEAR = "linear layer of the language model"
+FUSED = "experts fused in one tensor"
+
+
+def test_summary_has_a_row_for_each_kind():
+    shapes = {
+        "lm_head.weight": (64, 8),
+        "model.embed_tokens.weight": (64, 8),
+        "model.layers.0.mlp.up_proj.weight": (16, 8),
+        "model.layers.0.mlp.experts.down_proj": (4, 8, 8),
+        "model.layers.0.self_attn.q_proj.bias": (8,),
+        "model.layers.0.post_attention_layernorm.weight": (8,),
+        "model.layers.10.mlp.up_proj.weight": (16, 8),
+        "model.norm.weight": (8,),
+        "visual.blocks.0.attn.qkv.weight": (12, 4),
+        "visual.blocks.0.attn.qkv.bias": (12,),
+        "visual.blocks.1.attn.qkv.weight": (12, 4),
+        "visual.patch_embed.proj.weight": (4, 3, 2, 2, 2),
+    }
+    with pytest.warns(UserWarning, match="mixture of experts"):
+        table = summary(shapes, "qwen2_vl")
+    assert list(table.columns) == ["parameters", "count", "shapes", "entries", "merges", "why"]
+    assert table.values.tolist() == [
+        ["lm_head.weight", 1, "64 × 8", 512, False, "head"],
+        ["model.embed_tokens.weight", 1, "64 × 8", 512, False, "embeddings"],
+        ["model.layers.*.mlp.up_proj.weight", 2, "16 × 8", 256, True, LINEAR],
+        ["model.layers.*.mlp.experts.down_proj", 1, "4 × 8 × 8", 256, False, FUSED],
+        ["model.layers.*.self_attn.q_proj.bias", 1, "8", 8, False, "bias"],
+        ["model.layers.*.post_attention_layernorm.weight", 1, "8", 8, False, "norm"],
+        ["model.norm.weight", 1, "8", 8, False, "norm"],
+        ["visual.*", 4, "12 × 4, 12, …", 204, False, "outside the language model"],
+    ]
+    table = summary(shapes | {"scale": ()}, "qwen2_vl", scope="all")
+    assert table["merges"].tolist() == [True] * 8 + [False]
+    assert table["why"][7] == "scope all: outside the language model"
+    assert table["count"].sum() == len(shapes) + 1
+
+
+@pytest.mark.parametrize("name", [name for name, _ in HUB])
+def test_summary_counts_what_merges(name):
+    (model_type,) = (kind for checkpoint, kind in HUB if checkpoint == name)
+    merging, kept = HUB[name, model_type]
+    table = summary(kept | merging, model_type)
+    assert table.groupby("merges")["count"].sum().to_dict() == {
+        True: len(merging),
+        False: len(kept),
+    }
+    assert set(table["why"][table["merges"]]) == {LINEAR}
+    assert LINEAR not in set(table["why"][~table["merges"]])
