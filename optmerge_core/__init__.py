@@ -1,10 +1,24 @@
 """Merging fine-tuned experts of one multimodal base model (OptMerge, arXiv 2505.19892)."""
 
-from optmerge_core.checkpoints.open import open_checkpoint, open_expert
-from optmerge_core.merging.merge import merge
-from optmerge_core.merging.merge_adapters import merge_adapters
-from optmerge_core.methods.registry import METHODS
-from optmerge_core.study.recipe import load_recipe
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from optmerge_core.checkpoints.open import open_checkpoint, open_expert
+    from optmerge_core.merging.merge import merge
+    from optmerge_core.merging.merge_adapters import merge_adapters
+    from optmerge_core.methods.registry import METHODS
+    from optmerge_core.study.recipe import load_recipe
+
+_HOMES = {
+    "METHODS": "methods.registry",
+    "load_recipe": "study.recipe",
+    "merge": "merging.merge",
+    "merge_adapters": "merging.merge_adapters",
+    "open_checkpoint": "checkpoints.open",
+    "open_expert": "checkpoints.open",
+}
+"""Public name -> its file, imported when the name is first used: torch alone takes two seconds."""
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,3 +30,13 @@ __all__ = [
     "open_checkpoint",
     "open_expert",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

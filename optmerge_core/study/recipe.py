@@ -15,14 +15,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from optmerge_core.checkpoints.formats import HUB_ID, URL
-from optmerge_core.merging.checks import check_method
 from optmerge_core.merging.families import FAMILIES
 from optmerge_core.study import mergekit
-
-REMOTE = re.compile(rf"{HUB_ID.pattern}|{URL.pattern}", re.IGNORECASE)
-"""A location that is not a folder: a hub id, with or without its revision, or a web address."""
-
 
 MAX_NODES = 100_000
 """Values that a recipe may have; a few aliases of aliases can stand for billions."""
@@ -120,12 +114,6 @@ class Recipe(_Strict):
             raise ValueError("models: only the base model is listed; add an expert")
         if len(set(names)) < len(names):
             raise ValueError(f"models: names are not unique ({', '.join(names)}); give each a name")
-        for method in (self.merge_method, *self.method_options):
-            try:
-                check_method(method, self.options(method), len(names))
-            except ValueError as error:
-                beside = "; the scaling coefficient is lambda" * ("has no option" in str(error))
-                raise ValueError(f"{error}{beside}") from error
         mergekit.number("lambda", self.scaling_coefficient)
         return self
 
@@ -173,6 +161,20 @@ def load_recipe(path: str | Path) -> Recipe:
     the working directory, else a hub id (owner/name, or owner/name@revision) or a web address,
     which has to be streamed. Raises `RecipeError` naming recipe, key and remedy.
     """
+    recipe = read_recipe(path)
+    from optmerge_core.merging.checks import check_method  # imports torch, which takes seconds
+
+    for method in (recipe.merge_method, *recipe.method_options):
+        try:
+            check_method(method, recipe.options(method), len(recipe.experts))
+        except ValueError as error:
+            beside = "; the scaling coefficient is lambda" * ("has no option" in str(error))
+            raise RecipeError(f"{path}: {error}{beside}") from error
+    return recipe
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """The same without a look at the methods and their options, which saves the import of torch."""
     path = Path(path)
     try:
         content = _parse(path.read_text(encoding="utf-8"))
@@ -196,7 +198,9 @@ def load_recipe(path: str | Path) -> Recipe:
             for candidate in (path.parent / Path(location).expanduser(), Path(location)):
                 if candidate.exists():
                     return os.path.relpath(candidate.resolve())
-        if REMOTE.fullmatch(location):
+        from optmerge_core.checkpoints.formats import HUB_ID, URL  # imports torch
+
+        if HUB_ID.fullmatch(location) or URL.fullmatch(location):
             return location
         adapter = ", nor base_model+adapter" if "+" in location else ""
         raise RecipeError(
