@@ -1,4 +1,8 @@
-"""The same parameter under another name: on disk, in memory, in another version of transformers."""
+"""The same parameter under another name: on disk, in memory, in another version of transformers.
+
+Two ideas: names differ in the words for the whole model and its halves (`bare`), and what follows a
+layer's number never differs.
+"""
 
 from __future__ import annotations
 
@@ -6,69 +10,83 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable
 
-_HALVES = {"model", "language_model", "text_model", "vision_model"}
-
-_PREFIX = r"(?:model\.|language_model\.)*"
-_LANGUAGE = re.compile(_PREFIX + r"(layers\.\d+\..+|embed_tokens\.weight|norm\.weight)")
-_HEAD = re.compile(_PREFIX + r"lm_head\.weight")
+HALVES = {"model", "language_model", "text_model", "vision_model"}
+TOWER = re.compile(
+    r"vision|visual|(?:^|[._])vit|image|img|clip|siglip|dino|audio|speech|video|projector|connector"
+    r"|merger|mlp1|resampler|qformer|perceiver|abstractor",
+    re.IGNORECASE,
+)
+"""a word of what feeds a language model: a tower of another modality, or its connector"""
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+"""in a language model's own checkpoint"""
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks|h)(\.(?P<number>\d+)\..+)")
+_LANGUAGE = re.compile(r"layers\.\d+\..+|embed_tokens\.weight|norm\.weight")
+_EMBEDDINGS = re.compile(r"(?:embed_tokens|tok_embeddings|wte)\.weight$")
+_HEAD = re.compile(r"(?:^|\.)(?:lm_head|language_model\.output)\.weight$")
 
 
-def closest_names(name: str, candidates: Iterable[str]) -> list[str]:
-    """Those of the candidates that may be the same parameter, on disk or in memory.
+def bare(name: str) -> str:
+    """A name without the words for the whole model and its halves.
 
-    Names differ at the front (`language_model.model.layers.0…` on disk,
-    `model.language_model.layers.0…` in memory), so the longest common end decides, down to the
-    layer's number at least; then the number of common words.
+    Versions of transformers write `language_model.model.layers.0…`,
+    `model.language_model.layers.0…` or `model.layers.0…` for the same module.
     """
-    path = name.split(".")
-    least = next((i for i, part in enumerate(reversed(path), 1) if part.isdigit()), 2)
-    ranked: dict[tuple[int, int], list[str]] = {}
-    for candidate in candidates:
-        parts = candidate.split(".")
-        common = 0
-        for ours, theirs in zip(reversed(path), reversed(parts), strict=False):
-            if ours != theirs:
-                break
-            common += 1
-        if common >= least:
-            ranked.setdefault((common, len(set(path) & set(parts))), []).append(candidate)
-    return ranked[max(ranked)] if ranked else []
+    return ".".join(word for word in name.split(".") if word not in HALVES)
 
 
 def other_names(ours: Collection[str], theirs: Collection[str]) -> dict[str, str]:
     """Our name -> their name, for the parameters that only another naming keeps apart.
 
-    Versions of transformers write `language_model.model.layers.0…` or
-    `model.language_model.layers.0…` for the same module. Names that both have stay; the others are
-    the same if they are equal without the words for the whole model and its two halves, and no
-    third name is.
+    Names that both have stay; the others are the same if their bare names are equal, and no third
+    name's is.
     """
 
-    def unique(names: Collection[str], but: Collection[str]) -> dict[tuple[str, ...], str]:
-        bare = {name: tuple(x for x in name.split(".") if x not in _HALVES) for name in names}
-        times = Counter(bare.values())
-        return {key: name for name, key in bare.items() if times[key] == 1 and name not in but}
+    def unique(names: Collection[str], but: Collection[str]) -> dict[str, str]:
+        times = Counter(map(bare, names))
+        return {bare(name): name for name in names if times[bare(name)] == 1 and name not in but}
 
-    their_names = unique(theirs, ours)
-    return {
-        name: their_names[key] for key, name in unique(ours, theirs).items() if key in their_names
-    }
+    mine, others = unique(ours, theirs), unique(theirs, ours)
+    return {name: others[key] for key, name in mine.items() if key in others}
+
+
+def closest_names(name: str, candidates: Iterable[str]) -> list[str]:
+    """Those of the candidates that may be the same parameter, whatever model they are part of.
+
+    They end alike, from the layer's number on or else in the last two bare words, and have the
+    fewest words that only one of the two names has.
+    """
+    layer = _LAYER.search(name)
+    end = layer[1] if layer else "." + ".".join(bare(name).split(".")[-2:])
+    words = {*name.split(".")}
+    odd = {x: len(words ^ {*x.split(".")}) for x in candidates if f".{x}".endswith(end)}
+    return [x for x, count in odd.items() if count == min(odd.values())]
+
+
+def language_name(name: str) -> str | None:
+    """A parameter's name in the language model's own checkpoint; None for a tower's."""
+    own = bare(name)
+    if own == HEAD:
+        return HEAD
+    return f"model.{own}" if _LANGUAGE.fullmatch(own) and not TOWER.search(name) else None
+
+
+def is_embeddings(name: str) -> bool:
+    """Whether a parameter is the language model's token embeddings, by its name."""
+    return _EMBEDDINGS.search(name) is not None
+
+
+def is_head(name: str) -> bool:
+    """Whether a parameter is the language model's head, by its name."""
+    return _HEAD.search(name) is not None
 
 
 def layer_index(name: str) -> int | None:
     """Number of the layer a parameter is in: 3 for `model.layers.3.mlp.up_proj.weight`."""
-    match = re.search(r"(?:^|\.)(?:layers?|blocks|h)\.(\d+)\.", name)
-    return int(match[1]) if match else None
+    match = _LAYER.search(name)
+    return int(match["number"]) if match else None
 
 
 def module_kind(name: str) -> str:
     """The module's own name: `up_proj` for `model.layers.3.mlp.up_proj.weight`."""
     return re.sub(r"\.(weight|bias)$", "", name).rpartition(".")[2]
-
-
-def language_name(name: str) -> str | None:
-    """A parameter's name in the language model's own checkpoint; None for a tower's."""
-    if match := _LANGUAGE.fullmatch(name):
-        return f"model.{match[1]}"
-    return HEAD if _HEAD.fullmatch(name) else None

@@ -13,6 +13,8 @@ import re
 import warnings
 from collections.abc import Mapping
 
+from optmerge_core.checkpoints.names import TOWER
+
 SCOPES = ("linear", "all")
 
 _LAYER = r"layers\.\d+\..+\.weight"
@@ -59,11 +61,7 @@ FAMILIES = {
 """config.json's `model_type` -> regular expression of the full names that merge."""
 
 _DEFAULT = rf"(?:.+\.)?{_LAYER}"
-NOT_LANGUAGE = re.compile(
-    r"vision|visual|(?:^|[._])vit|image|img|clip|siglip|dino|audio|speech|video|projector|connector"
-    r"|merger|mlp1|resampler|qformer|perceiver|abstractor|embed|lora_",
-    re.IGNORECASE,
-)
+NOT_LANGUAGE = re.compile(rf"{TOWER.pattern}|embed|lora_", re.IGNORECASE)
 FUSED_EXPERTS = re.compile(r"layers\.\d+\.(?:.+\.)?experts\.\w+$")
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from optmerge_core.checkpoints.names import is_embeddings, is_head
 from optmerge_core.merging.families import (
     FUSED_EXPERTS,
     NOT_LANGUAGE,
@@ -23,8 +24,6 @@ from optmerge_core.merging.families import (
 from optmerge_core.study.open import Study
 
 _OUTSIDE = re.compile(rf"(?:[^.]+\.)*?[^.]*(?:{NOT_LANGUAGE.pattern})[^.]*\.", re.IGNORECASE)
-_EMBEDDINGS = re.compile(r"(?:embed_tokens|tok_embeddings|wte)\.weight$")
-_HEAD = re.compile(r"(?:^|\.)(?:lm_head|language_model\.output)\.weight$")
 COLORS = {"problem": "red", "warning": "yellow", "note": "cyan"}
 
 
@@ -98,9 +97,9 @@ def _part(name: str, shape: tuple[int, ...], in_language_layers: bool) -> tuple[
     """The row of `summary` a parameter belongs to, and what it is."""
     kind = re.sub(r"\.\d+(?=\.)", ".*", name)
     if not in_language_layers:
-        if _EMBEDDINGS.search(name):
+        if is_embeddings(name):
             return kind, "embeddings"
-        if _HEAD.search(name):
+        if is_head(name):
             return kind, "head"
         if outside := _OUTSIDE.match(name):
             return f"{outside[0]}*", "outside the language model"

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import combinations
@@ -19,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from optmerge_core.checkpoints.formats import dtype_name
-from optmerge_core.checkpoints.names import layer_index, module_kind
+from optmerge_core.checkpoints.names import TOWER, layer_index, module_kind
 from optmerge_core.checkpoints.weights import Weights, as_weights
 from optmerge_core.methods.svd import truncated_svd
 from optmerge_core.runtime import in_order
@@ -32,7 +31,6 @@ ROUNDING_SAMPLE = 1 << 16  # entries of a parameter whose unit in the last place
 # Floating-point operations to spend on spectra: about 500 seconds of one core. It is enough for all
 # layers of a 1B model with five experts; one layer of a 7B model takes three times that.
 SPECTRA_BUDGET = 1e13
-OUTSIDE = re.compile(r"^vit|vision|visual|audio|speech|projector|connector|merger|mlp1|embed")
 SUMS = ["base2", "norm2", "dot", "zeros", "stored", "noise2"]
 RANKS = ["full_rank", "rank", "entropy_rank", "stable_rank"]
 
@@ -209,7 +207,7 @@ def module_of(name: str) -> str:
     by these words.
     """
     parts = name.split(".")
-    owner = next((part for part in parts if OUTSIDE.search(part)), None)
+    owner = next((part for part in parts if TOWER.search(part)), None)
     if owner is None and "norm" in "".join(parts[-2:]):
         owner = "norms"
     return owner or ("biases" if parts[-1] == "bias" else module_kind(name))

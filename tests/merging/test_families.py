@@ -1,7 +1,7 @@
 import pytest
 from published import HUB
 
-from optmerge_core.checkpoints.names import layer_index, module_kind, other_names
+from optmerge_core.checkpoints.names import module_kind
 from optmerge_core.checkpoints.open import open_checkpoint
 from optmerge_core.merging.families import mergeable
 
@@ -104,46 +104,6 @@ def test_default_rule_on_a_made_up_model():
         assert mergeable(shapes, None) == merging
 
 
-@pytest.mark.parametrize(
-    ("ours", "theirs"),
-    [
-        ("language_model.model.layers.0.up.weight", "model.language_model.layers.0.up.weight"),
-        ("model.layers.0.mlp.up_proj.weight", "model.language_model.layers.0.mlp.up_proj.weight"),
-        ("language_model.lm_head.weight", "lm_head.weight"),
-        ("visual.blocks.0.mlp.fc1.weight", "model.visual.blocks.0.mlp.fc1.weight"),
-        ("vision_tower.vision_model.encoder.layers.0.ls1", "vision_tower.encoder.layers.0.ls1"),
-        ("multi_modal_projector.linear_1.weight", "model.multi_modal_projector.linear_1.weight"),
-    ],
-)  # fmt: skip
-def test_other_names_of_one_parameter(ours, theirs):
-    both = "image_newline"
-    assert other_names([both, ours], [theirs, both]) == {ours: theirs}
-    assert other_names([theirs], [ours]) == {theirs: ours}
-    assert other_names([ours], [ours]) == {}
-
-
-def test_other_names_must_be_unmistakable():
-    assert other_names(["model.norm.weight"], ["language_model.norm.weight", "norm.weight"]) == {}
-    assert other_names(["a.norm", "model.a.norm"], ["language_model.a.norm"]) == {}
-    assert other_names(["layers.0.weight"], ["layers.1.weight"]) == {}
-    ours, theirs = "model.a.norm", "language_model.a.norm"
-    assert other_names([ours, theirs], [theirs]) == {}  # theirs is ours of that name
-
-
 def test_nothing_to_merge_is_an_error():
     with pytest.raises(ValueError, match="qwen2.*blocks.0.weight"):
         mergeable({"blocks.0.weight": (4, 4)}, "qwen2")
-
-
-@pytest.mark.parametrize(
-    ("name", "layer", "kind"),
-    [
-        ("language_model.model.layers.11.self_attn.q_proj.weight", 11, "q_proj"),
-        ("model.layers.3.mlp.up_proj.bias", 3, "up_proj"),
-        ("vision_tower.encoder.layer.2.mlp.fc1.weight", 2, "fc1"),
-        ("lm_head.weight", None, "lm_head"),
-    ],
-)
-def test_layer_and_kind(name, layer, kind):
-    assert layer_index(name) == layer
-    assert module_kind(name) == kind
