@@ -4,6 +4,8 @@ Written from the papers and the description of their released code: loops over e
 SVDs, autograd and torch.optim. Nothing here uses the package.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -176,3 +178,17 @@ def tsv(task_vectors: Tensor) -> Tensor:
 def iso_c(task_vectors: Tensor) -> Tensor:
     U, S, Vh = torch.linalg.svd(task_vectors.sum(0), full_matrices=False)
     return U @ torch.diag(torch.full_like(S, S.mean().item())) @ Vh
+
+
+def marchenko_pastur_median(beta: float, cells: int = 100_000) -> float:
+    """Median of the density √((b − t)(t − a)) / (2πβt) on [a, b] = [(1 − √β)², (1 + √β)²].
+
+    With t = 1 + β − 2√β cos φ the density becomes 2 sin²φ / (πt) on [0, π], smooth even where a
+    is 0; it is integrated by the midpoint rule up to one half.
+    """
+    width = math.pi / cells
+    phi = (torch.arange(cells, dtype=torch.float64) + 0.5) * width
+    t = 1 + beta - 2 * math.sqrt(beta) * phi.cos()
+    mass = (2 * phi.sin() ** 2 / (math.pi * t) * width).cumsum(0)
+    half = torch.searchsorted(mass, mass.new_tensor(0.5))
+    return t[half].item()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from optmerge_core.runtime import in_order
 from optmerge_core.task_vectors import spectra
 from optmerge_core.task_vectors.findings import Diagnosis, find
 from optmerge_core.task_vectors.stack import TaskVectors, derive_seed
+from optmerge_core.task_vectors.tables import parameter_row
 
 BLOCK = 1 << 16  # entries at a time: fits a core's cache, and float32 sums of it keep six digits
 ROUNDING_SAMPLE = 1 << 16  # entries of a parameter whose unit in the last place is looked at
@@ -32,7 +32,7 @@ ROUNDING_SAMPLE = 1 << 16  # entries of a parameter whose unit in the last place
 # layers of a 1B model with five experts; one layer of a 7B model takes three times that.
 SPECTRA_BUDGET = 1e13
 SUMS = ["base2", "norm2", "dot", "zeros", "stored", "noise2"]
-RANKS = ["full_rank", "rank", "entropy_rank", "stable_rank"]
+RANKS = ["full_rank", "rank", "entropy_rank"]
 
 
 def diagnose(
@@ -150,16 +150,10 @@ def _spectra(stack: Tensor, rounding: list[float]) -> dict[str, Any]:
     for task_vector, noise in zip(stack, rounding, strict=True):
         _, values, directions = truncated_svd(task_vector)
         deviation = math.sqrt(np.nan_to_num(noise) / (rows * columns))
-        floor = spectra.gavish_donoho_threshold(rows, columns, noise=deviation)
+        floor = spectra.gavish_donoho_threshold(rows, columns, deviation)
         rank = int((values > max(floor, 1e-5 * values[0].item())).sum())
-        ranks.append(
-            {
-                "full_rank": len(values),
-                "rank": rank,
-                "entropy_rank": spectra.entropy_rank(values).item(),
-                "stable_rank": spectra.stable_rank(values).item(),
-            }
-        )
+        entropy_rank = spectra.entropy_rank(values).item()
+        ranks.append({"full_rank": len(values), "rank": rank, "entropy_rank": entropy_rank})
         bases.append(directions[:count])
     count = min([count, *(r["rank"] for r in ranks if r["rank"])])
     shared = spectra.basis_overlap(torch.stack([basis[:count] for basis in bases]))
@@ -220,17 +214,12 @@ def _tables(
     sampled: list[int],
 ) -> Diagnosis:
     """From sums per parameter to the tables of a `Diagnosis`."""
-    experts = list(stored)
     rows = []
     for name, m in measured.items():
-        for number, expert in enumerate(experts):
+        for number, (expert, dtype) in enumerate(stored.items()):
             norm2 = m["gram"][number, number].item()
-            counted = norm2 > 0 and stored[expert] is not None
-            row = {
-                "parameter": name,
-                "layer": layer_index(name),
-                "kind": module_kind(name),
-                "expert": expert,
+            counted = norm2 > 0 and dtype is not None
+            row = parameter_row(name, expert) | {
                 "size": m["size"],
                 "base2": m["gram"][-1, -1].item(),
                 "norm2": norm2,
@@ -245,18 +234,19 @@ def _tables(
         [_quotients(sums), sums[RANKS]]
     )
     by_layer = sums.dropna(subset="layer").groupby(["layer", "expert"])[["norm2", "base2"]].sum()
-    layers = _quotient(by_layer["norm2"], by_layer["base2"], 0.5).unstack().reindex(columns=experts)
+    layers = (
+        _quotient(by_layer["norm2"], by_layer["base2"], 0.5).unstack().reindex(columns=list(stored))
+    )
     layers.index = layers.index.astype(int)
     by_expert = sums.groupby("expert", sort=False)
     table = _quotients(by_expert[SUMS].sum(min_count=1))
     table["changed"] = by_expert["norm2"].agg(lambda norms: (norms > 0).mean())
-    table["least_layer"], table["greatest_layer"] = layers.min(), layers.max()
     table = table.join(by_expert[RANKS].mean())
     gram = sum(m["gram"] for m in measured.values())
     others = gram[:-1, :-1].sum() + gram.diagonal()[:-1] - 2 * gram[:-1, :-1].sum(0)
     table["others"] = (others.clamp(min=0) / gram[-1, -1]).sqrt().numpy()
     table["stored"] = ["adapter" if d is None else dtype_name(d) for d in stored.values()]
-    pairs, dropped = _pairs(measured, gram, experts), _dropped(compared)
+    pairs, dropped = _pairs(measured, gram, list(stored)), _dropped(compared)
     return Diagnosis(parameters, layers, table, pairs, dropped, sampled)
 
 
@@ -285,20 +275,19 @@ def _pairs(
     both, differ = (sum(m[key] for m in measured.values()) for key in ("both", "differ"))
     spectral = [m for m in measured.values() if "shared" in m]
     shared = sum(m["shared"] for m in spectral) / len(spectral) if spectral else both * math.nan
-    chance = np.mean([m["chance"] for m in spectral]) if spectral else math.nan
-    norms = gram.diagonal().sqrt()
-    rows = {
-        (experts[i], experts[j]): {
-            "cosine": (gram[i, j] / (norms[i] * norms[j])).item(),
-            "sign_conflict": (differ[i, j] / both[i, j]).item(),
-            "shared_subspace": shared[i, j].item(),
-            "chance": chance,
-        }
-        for i, j in combinations(range(len(experts)), 2)
+    norms = gram.diagonal()[:-1].sqrt()
+    first, second = np.triu_indices(len(experts), 1)
+    table = {
+        "cosine": gram[:-1, :-1] / (norms[:, None] * norms),
+        "sign_conflict": differ / both,
+        "shared_subspace": shared,
     }
-    columns = ["cosine", "sign_conflict", "shared_subspace", "chance"]
-    index = pd.MultiIndex.from_tuples(rows, names=["first", "second"]) if rows else None
-    return pd.DataFrame(list(rows.values()), index, columns)
+    index = pd.MultiIndex.from_arrays(
+        [[experts[i] for i in side] for side in (first, second)], names=["first", "second"]
+    )
+    pairs = pd.DataFrame({name: m[first, second].numpy() for name, m in table.items()}, index)
+    pairs["chance"] = np.mean([m["chance"] for m in spectral]) if spectral else math.nan
+    return pairs
 
 
 def _dropped(compared: list[dict[str, Any]]) -> pd.DataFrame:

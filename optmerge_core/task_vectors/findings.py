@@ -51,7 +51,8 @@ class Finding:
         return " ".join(part for part in parts if part)
 
 
-Rule = Callable[["Diagnosis", Mapping[str, Any]], Iterator[Finding]]
+Merge = Mapping[str, Any]
+"""What the rules ask of a merge: its method, scaling (λ) and the method's options."""
 
 
 def find(
@@ -66,19 +67,18 @@ def find(
     return sorted(found, key=lambda finding: ("problem", "warning", "note").index(finding.severity))
 
 
-def nothing_changed(diagnosis: Diagnosis, merge: Mapping[str, Any]) -> Iterator[Finding]:
-    for name, row in diagnosis.experts.iterrows():
-        if row["norm"] == 0:
-            yield Finding(
-                "problem",
-                (name,),
-                "its task vector is zero.",
-                "In every parameter that merges it equals the base model.",
-                "Check its location, or leave it out: it only thins out an average.",
-            )
+def nothing_changed(diagnosis: Diagnosis, merge: Merge) -> Iterator[Finding]:
+    for name in diagnosis.experts.index[diagnosis.experts["norm"] == 0]:
+        yield Finding(
+            "problem",
+            (name,),
+            "its task vector is zero.",
+            "In every parameter that merges it equals the base model.",
+            "Check its location, or leave it out: it only thins out an average.",
+        )
 
 
-def another_base(diagnosis: Diagnosis, merge: Mapping[str, Any]) -> Iterator[Finding]:
+def another_base(diagnosis: Diagnosis, merge: Merge) -> Iterator[Finding]:
     for name, row in diagnosis.experts.iterrows():
         if not row["cosine_with_base"] < OTHER_BASE_COSINE:
             continue
@@ -100,7 +100,7 @@ def another_base(diagnosis: Diagnosis, merge: Mapping[str, Any]) -> Iterator[Fin
         )
 
 
-def alike(diagnosis: Diagnosis, merge: Mapping[str, Any]) -> Iterator[Finding]:
+def alike(diagnosis: Diagnosis, merge: Merge) -> Iterator[Finding]:
     cosines = diagnosis.pairs["cosine"]
     count = len(diagnosis.experts)
     if count > 2 and (cosines > SAME_CHANGE).all():
@@ -131,7 +131,7 @@ def alike(diagnosis: Diagnosis, merge: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("warning", pair, found, meaning, remedy)
 
 
-def strong(diagnosis: Diagnosis, merge: Mapping[str, Any]) -> Iterator[Finding]:
+def strong(diagnosis: Diagnosis, merge: Merge) -> Iterator[Finding]:
     norms = diagnosis.experts["relative_norm"]
     norms = norms[diagnosis.experts["cosine_with_base"] >= OTHER_BASE_COSINE]
     far = norms[norms > STRONG_NORM]
@@ -146,7 +146,7 @@ def strong(diagnosis: Diagnosis, merge: Mapping[str, Any]) -> Iterator[Finding]:
         )
 
 
-def dominates(diagnosis: Diagnosis, merge: Mapping[str, Any]) -> Iterator[Finding]:
+def dominates(diagnosis: Diagnosis, merge: Merge) -> Iterator[Finding]:
     norms = diagnosis.experts["norm"]
     norms = norms[norms > 0]
     for name in norms.index if len(norms) > 1 else []:
@@ -162,7 +162,7 @@ def dominates(diagnosis: Diagnosis, merge: Mapping[str, Any]) -> Iterator[Findin
             )
 
 
-def crowded(diagnosis: Diagnosis, merge: Mapping[str, Any]) -> Iterator[Finding]:
+def crowded(diagnosis: Diagnosis, merge: Merge) -> Iterator[Finding]:
     low_rank, summing = _low_rank(diagnosis), merge["method"] in SUMS
     limit, aim = (CROWDED_LORA, AIM_LORA) if low_rank else (CROWDED, AIM)
     scaling = merge["scaling"] if summing else 1.0
@@ -185,36 +185,31 @@ def crowded(diagnosis: Diagnosis, merge: Mapping[str, Any]) -> Iterator[Finding]
     )
 
 
-def shared_directions(diagnosis: Diagnosis, merge: Mapping[str, Any]) -> Iterator[Finding]:
+def shared_directions(diagnosis: Diagnosis, merge: Merge) -> Iterator[Finding]:
     # A task vector of zeros has no cosine, one that is there twice tells nothing of two experts.
     pairs = diagnosis.pairs[diagnosis.pairs["cosine"] <= DUPLICATE]
     if not len(pairs) or pd.isna(pairs["chance"]).all():
         return
     shared, chance = pairs[["shared_subspace", "chance"]].mean()
+    if shared > chance + SHARED:
+        meaning = (
+            "They read the same features, so the rows of the task vectors tell where experts meet: "
+            "on the embedded family of this kind OptMerge led task arithmetic by nine points."
+        )
+        remedy = "Prefer optmerge, wudi or tsv."
+    else:
+        meaning = (
+            "Their rows tell little about the inputs, as with LoRA, whose rows keep to a random "
+            "start: on the embedded family of this kind no method led by more than a point."
+        )
+        remedy = "Expect little from the choice of method; fewer or better experts matter more."
     found = (
         f"the experts share {shared:.0%} of their leading input directions (chance: {chance:.0%})."
     )
-    if shared > chance + SHARED:
-        yield Finding(
-            "note",
-            (),
-            found,
-            "They read the same features, so the rows of the task vectors tell where experts meet: "
-            "on the embedded family of this kind OptMerge led task arithmetic by nine points.",
-            "Prefer optmerge, wudi or tsv.",
-        )
-    else:
-        yield Finding(
-            "note",
-            (),
-            found,
-            "Their rows tell little about the inputs, as with LoRA, whose rows keep to a random "
-            "start: on the embedded family of this kind no method led by more than a point.",
-            "Expect little from the choice of method; fewer or better experts matter more.",
-        )
+    yield Finding("note", (), found, meaning, remedy)
 
 
-def rounding(diagnosis: Diagnosis, merge: Mapping[str, Any]) -> Iterator[Finding]:
+def rounding(diagnosis: Diagnosis, merge: Merge) -> Iterator[Finding]:
     for name, row in diagnosis.experts.iterrows():
         if not row["rounding"] > ROUNDED:
             continue
@@ -232,21 +227,20 @@ def rounding(diagnosis: Diagnosis, merge: Mapping[str, Any]) -> Iterator[Finding
         )
 
 
-def dropped(diagnosis: Diagnosis, merge: Mapping[str, Any]) -> Iterator[Finding]:
+def dropped(diagnosis: Diagnosis, merge: Merge) -> Iterator[Finding]:
     for name, rows in diagnosis.dropped.groupby("expert", sort=False):
-        modules = ", ".join(
-            f"{row.module} ({_norm_text(row.relative_norm)})" for row in rows.itertuples()
-        )
+        norms = ["another shape, or none" if pd.isna(x) else f"{x:.1%}" for x in rows.relative_norm]
+        modules = [f"{module} ({norm})" for module, norm in zip(rows.module, norms, strict=True)]
         yield Finding(
             "warning",
             (name,),
-            f"it also changed parameters outside the merge: {modules}.",
+            f"it also changed parameters outside the merge: {', '.join(modules)}.",
             "The merged model has the base's values there, and what depends on them is lost.",
             "With scope: all these merge too, where shapes agree; or leave the expert out.",
         )
 
 
-def preset(diagnosis: Diagnosis, merge: Mapping[str, Any]) -> Iterator[Finding]:
+def preset(diagnosis: Diagnosis, merge: Merge) -> Iterator[Finding]:
     if merge["method"] != "optmerge" or diagnosis.experts["rank"].isna().all():
         return
     chosen, low_rank = merge.get("preset", "full"), _low_rank(diagnosis)
@@ -262,7 +256,7 @@ def preset(diagnosis: Diagnosis, merge: Mapping[str, Any]) -> Iterator[Finding]:
         )
 
 
-def sampled(diagnosis: Diagnosis, merge: Mapping[str, Any]) -> Iterator[Finding]:
+def sampled(diagnosis: Diagnosis, merge: Merge) -> Iterator[Finding]:
     layers = diagnosis.sampled_layers
     if 0 < len(layers) < len(diagnosis.layers):
         yield Finding(
@@ -275,7 +269,7 @@ def sampled(diagnosis: Diagnosis, merge: Mapping[str, Any]) -> Iterator[Finding]
         )
 
 
-RULES: tuple[Rule, ...] = (
+RULES: tuple[Callable[[Diagnosis, Merge], Iterator[Finding]], ...] = (
     nothing_changed, another_base, alike, rounding, strong, dominates, crowded, dropped, preset,
     shared_directions, sampled,
 )  # fmt: skip
@@ -292,10 +286,6 @@ def _between(values: Any) -> str:
     return f"{low:.1%}" if f"{low:.1%}" == f"{high:.1%}" else f"{low:.1%} to {high:.1%}"
 
 
-def _norm_text(relative_norm: float) -> str:
-    return "another shape, or none" if pd.isna(relative_norm) else f"{relative_norm:.1%}"
-
-
 @dataclass(frozen=True)
 class Diagnosis:
     """What was measured of a study; shares are between 0 and 1, NaN where not measured.
@@ -304,11 +294,11 @@ class Diagnosis:
         base_norm, norm, relative_norm (norm / base_norm), cosine_with_base (of the expert's weights
         with the base's), unchanged (share of entries equal to the base's), rounding (share of
         norm² that rounding to the stored dtype explains), and in the sampled layers full_rank,
-        rank (singular values above the rounding noise), entropy_rank, stable_rank.
+        rank (singular values above the rounding noise) and entropy_rank.
     layers: relative norm, a row per layer of the language model and a column per expert.
     experts: the same quantities for whole experts, with changed (share of the merging parameters
-        that differ from the base at all), least_layer and greatest_layer (relative norms), others
-        (‖sum of the other task vectors‖ / base_norm) and stored (the dtype, or "adapter").
+        that differ from the base at all), others (‖sum of the other task vectors‖ / base_norm) and
+        stored (the dtype, or "adapter").
     pairs: one row per two experts: cosine, sign_conflict, shared_subspace (mean squared cosine of
         the leading input directions, a share 1/experts of them) and chance (what random directions
         would share).

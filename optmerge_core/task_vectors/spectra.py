@@ -102,44 +102,15 @@ def _ulp(values: Tensor) -> Tensor:
     return torch.exp2(torch.frexp(magnitudes).exponent.double() - 1) * grid.eps
 
 
-def gavish_donoho_threshold(
-    rows: int,
-    columns: int,
-    *,
-    noise: float | None = None,
-    singular_values: Tensor | None = None,
-) -> float:
+def gavish_donoho_threshold(rows: int, columns: int, noise: float) -> float:
     """Singular values below this are noise: the optimal hard threshold for a noisy matrix.
 
-    Gavish and Donoho, "The optimal hard threshold for singular values is 4/√3" (2014), with
-    β = min(m, n) / max(m, n): λ(β)·√max(m, n)·noise when the standard deviation per entry is
-    known, else λ(β)/√μ(β) times the median of all min(m, n) `singular_values`, where μ(β) is the
-    median of the Marchenko–Pastur law (4/√3 and 2.858 for a square matrix).
-
-    Raises ValueError unless exactly one of `noise` and `singular_values` is given.
+    Gavish and Donoho, "The optimal hard threshold for singular values is 4/√3" (2014), for the
+    standard deviation `noise` of an entry: λ(β)·√max(m, n)·noise with β = min(m, n) / max(m, n).
     """
-    if (noise is None) == (singular_values is None):
-        raise ValueError("give either noise or singular_values, not both and not neither")
     beta = min(rows, columns) / max(rows, columns)
     optimum = math.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + math.sqrt(beta**2 + 14 * beta + 1)))
-    if noise is not None:
-        return optimum * math.sqrt(max(rows, columns)) * noise
-    median = torch.quantile(singular_values.double(), 0.5).item()
-    return optimum / math.sqrt(_marchenko_pastur_median(beta)) * median
-
-
-def _marchenko_pastur_median(beta: float, cells: int = 100_000) -> float:
-    """Median of the density √((b − t)(t − a)) / (2πβt) on [a, b] = [(1 − √β)², (1 + √β)²].
-
-    With t = 1 + β − 2√β cos φ the density becomes 2 sin²φ / (πt) on [0, π], smooth even where a
-    is 0; it is integrated by the midpoint rule up to one half.
-    """
-    width = math.pi / cells
-    phi = (torch.arange(cells, dtype=torch.float64) + 0.5) * width
-    t = 1 + beta - 2 * math.sqrt(beta) * phi.cos()
-    mass = (2 * phi.sin() ** 2 / (math.pi * t) * width).cumsum(0)
-    half = torch.searchsorted(mass, mass.new_tensor(0.5))
-    return t[half].item()
+    return optimum * math.sqrt(max(rows, columns)) * noise
 
 
 def _nonzero(divisor: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import torch
@@ -9,6 +12,12 @@ from torch import Tensor
 
 from optmerge_core.checkpoints.names import layer_index, module_kind
 from optmerge_core.task_vectors.stack import TaskVectors, derive_seed
+
+
+def parameter_row(name: str, expert: str) -> dict[str, Any]:
+    """The columns that say where a number belongs: parameter, layer, kind and expert."""
+    place = {"parameter": name, "layer": layer_index(name), "kind": module_kind(name)}
+    return place | {"expert": expert}
 
 
 def layer_norms(task_vectors: TaskVectors) -> pd.DataFrame:
@@ -19,19 +28,10 @@ def layer_norms(task_vectors: TaskVectors) -> pd.DataFrame:
     """
     rows = []
     for name in task_vectors:
-        base_norm = _norm(task_vectors.base[name])
+        base = task_vectors.base[name]
+        numbers = {"size": base.numel(), "base_norm": _norm(base)}
         for expert, task_vector in zip(task_vectors.expert_names, task_vectors[name], strict=True):
-            rows.append(
-                {
-                    "parameter": name,
-                    "layer": layer_index(name),
-                    "kind": module_kind(name),
-                    "expert": expert,
-                    "size": task_vector.numel(),
-                    "base_norm": base_norm,
-                    "norm": _norm(task_vector),
-                }
-            )
+            rows.append(parameter_row(name, expert) | numbers | {"norm": _norm(task_vector)})
     table = pd.DataFrame(rows)
     table["norm_per_parameter"] = table["norm"] / table["size"]
     table["relative_norm"] = table["norm"] / table["base_norm"]
@@ -53,18 +53,9 @@ def magnitudes(task_vectors: TaskVectors, sample: int = 2000, seed: int = 0) -> 
         generator = np.random.default_rng(derive_seed(seed, name))
         index = torch.from_numpy(generator.choice(size, drawn, replace=False))
         values = stack[:, index.to(stack.device)].abs().cpu().numpy()
-        frames.append(
-            pd.DataFrame(
-                {
-                    "parameter": name,
-                    "layer": layer_index(name),
-                    "kind": module_kind(name),
-                    "expert": np.repeat(task_vectors.expert_names, drawn),
-                    "magnitude": values.reshape(-1),
-                    "weight": size / drawn,
-                }
-            )
-        )
+        for expert, row in zip(task_vectors.expert_names, values, strict=True):
+            numbers = {"magnitude": row, "weight": size / drawn}
+            frames.append(pd.DataFrame(parameter_row(name, expert) | numbers))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -72,11 +63,11 @@ def _norm(tensor: Tensor) -> float:
     return torch.linalg.vector_norm(tensor.to(torch.float32), dtype=torch.float64).item()
 
 
-def inner(first, second):
+def inner(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
     """The inner product of two merged task vectors (name -> tensor), as of two flat vectors."""
     return sum(float((first[n].double() * second[n].double()).sum()) for n in first)
 
 
-def cosine(first, second):
+def cosine(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
     """The cosine of two merged task vectors."""
     return inner(first, second) / (inner(first, first) * inner(second, second)) ** 0.5

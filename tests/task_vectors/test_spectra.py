@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import reference
 import torch
 
 from optmerge_core.task_vectors.spectra import (
@@ -96,15 +97,16 @@ def test_rounding_noise_by_hand(dtype):
 
 def test_gavish_donoho_published_values():
     assert gavish_donoho_threshold(100, 100, noise=1.0) == pytest.approx(10 * 4 / math.sqrt(3))
-    ones = torch.ones(100)
-    assert gavish_donoho_threshold(100, 100, singular_values=ones) == pytest.approx(2.858, abs=5e-4)
-    # The paper's cubic approximation of ω(β), good to 0.02.
+    # Over the median singular value, √(max(m, n)·median(β)), λ becomes ω: 2.858 for a square
+    # matrix, else the paper's cubic approximation, good to 0.02.
     for beta in (0.05, 0.1, 0.25, 0.5, 0.75, 1.0):
-        published = 0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43
         rows, columns = round(400 * beta), 400
-        omega = gavish_donoho_threshold(rows, columns, singular_values=torch.ones(rows))
+        threshold = gavish_donoho_threshold(rows, columns, noise=1.0)
+        omega = threshold / math.sqrt(columns * reference.marchenko_pastur_median(beta))
+        published = 0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43
         assert omega == pytest.approx(published, abs=0.021)
-        assert omega == gavish_donoho_threshold(columns, rows, singular_values=torch.ones(rows))
+        assert threshold == gavish_donoho_threshold(columns, rows, noise=1.0)
+    assert omega == pytest.approx(2.858, abs=5e-4)
 
 
 @pytest.mark.parametrize("shape", [(200, 200), (300, 100)])
@@ -112,13 +114,8 @@ def test_gavish_donoho_separates_signal_from_noise(shape):
     noise = 0.3 * randn(*shape)
     signal = 20 * torch.linalg.qr(randn(shape[0], 3, seed=1)).Q @ randn(3, shape[1], seed=2)
     values = torch.linalg.svdvals(noise + signal)
-    known = gavish_donoho_threshold(*shape, noise=0.3)
-    unknown = gavish_donoho_threshold(*shape, singular_values=values)
-    assert unknown == pytest.approx(known, rel=0.05)
-    assert (values > known).sum() == (values > unknown).sum() == 3
-
-
-def test_gavish_donoho_needs_one_source_of_noise():
-    for options in ({}, {"noise": 1.0, "singular_values": torch.ones(3)}):
-        with pytest.raises(ValueError, match="noise or singular_values"):
-            gavish_donoho_threshold(3, 3, **options)
+    beta, longer = min(shape) / max(shape), max(shape)
+    estimated = values.median() / math.sqrt(longer * reference.marchenko_pastur_median(beta))
+    assert estimated.item() == pytest.approx(0.3, rel=0.05)
+    for deviation in (0.3, estimated.item()):
+        assert (values > gavish_donoho_threshold(*shape, noise=deviation)).sum() == 3
