@@ -13,10 +13,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from optmerge_core.merging.families import FAMILIES
 from optmerge_core.study import mergekit
+
+SCIENTIFIC = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)e[-+]?\d+", re.IGNORECASE)
 
 MAX_NODES = 100_000
 """Values that a recipe may have; a few aliases of aliases can stand for billions."""
@@ -26,24 +37,48 @@ class RecipeError(ValueError):
     """A recipe cannot be used; the message names the file, the key and what is valid."""
 
 
+def scientific(value: Any) -> Any:
+    """The number that YAML 1.1 takes for a text, as 1e-5 or 1.5e3; in a mapping each of them."""
+    if isinstance(value, dict):
+        return {key: scientific(item) for key, item in value.items()}
+    return float(value) if isinstance(value, str) and SCIENTIFIC.fullmatch(value) else value
+
+
+def _locate(location: str, info: ValidationInfo) -> str:
+    """A folder relative to the working directory, wherever it was found, or what is remote."""
+    if info.context is None:  # not read from a file
+        return location
+    with suppress(OSError, RuntimeError):  # too long for a path; "~" of an unknown user
+        for candidate in (info.context / Path(location).expanduser(), Path(location)):
+            if candidate.exists():
+                return os.path.relpath(candidate.resolve())
+    from optmerge_core.checkpoints.formats import HUB_ID, URL  # imports torch
+
+    if HUB_ID.fullmatch(location) or URL.fullmatch(location):
+        return location
+    adapter = ", nor base_model+adapter" if "+" in location else ""
+    raise ValueError(
+        f"{location!r} is neither a folder beside the recipe, nor one in the working directory, "
+        f"nor a hub id (owner/name or owner/name@revision){adapter}"
+    )
+
+
+Location = Annotated[str, AfterValidator(_locate)]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @field_validator("parameters", "method_options", mode="before", check_fields=False)
     @classmethod
-    def _scientific(cls, value: Any) -> Any:
-        """YAML 1.1 reads 1e-5 as a text, since it has no dot."""
-        if isinstance(value, dict):
-            return {key: cls._scientific(item) for key, item in value.items()}
-        if isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value, re.IGNORECASE):
-            return float(value)
-        return value
+    def _numbers(cls, value: Any) -> Any:
+        return scientific(value)
 
 
 class Expert(_Strict):
     """One entry of `models`: where the expert is, and what it is called (default: its folder)."""
 
-    model: str
+    model: Location
     name: str = ""
     parameters: dict[str, Any] = {}
 
@@ -61,9 +96,9 @@ class Evaluation(_Strict):
     contrast: another recipe, of stronger experts for the same tasks, to compare with.
     """
 
-    data: str | None = None
-    contrast: str | None = None
-    references: dict[str, str] = {}
+    data: Location | None = None
+    contrast: Location | None = None
+    references: dict[str, Location] = {}
     validation_samples: Annotated[int, Field(gt=0)] = 300
     test_samples: Annotated[int, Field(gt=0)] = 1500
 
@@ -72,7 +107,7 @@ class Recipe(_Strict):
     """A study. `load_recipe` reads one and resolves its locations."""
 
     merge_method: str = "optmerge"
-    base_model: str
+    base_model: Location
     models: Annotated[list[Expert], Field(min_length=1)]
     parameters: dict[str, Any] = {}
     dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = None
@@ -188,46 +223,10 @@ def read_recipe(path: str | Path) -> Recipe:
         raise RecipeError(f"{path}: a recipe is a mapping with the keys {_keys(Recipe)}")
     content.setdefault("name", path.stem)
     try:
-        recipe = Recipe.model_validate(content)
+        return Recipe.model_validate(content, context=path.parent)
     except ValidationError as error:
         problems = [_explain(problem) for problem in error.errors()]
         raise RecipeError(f"{path}: " + "; ".join(problems)) from error
-
-    def locate(key: str, location: str) -> str:
-        with suppress(OSError, RuntimeError):  # too long for a path; "~" of an unknown user
-            for candidate in (path.parent / Path(location).expanduser(), Path(location)):
-                if candidate.exists():
-                    return os.path.relpath(candidate.resolve())
-        from optmerge_core.checkpoints.formats import HUB_ID, URL  # imports torch
-
-        if HUB_ID.fullmatch(location) or URL.fullmatch(location):
-            return location
-        adapter = ", nor base_model+adapter" if "+" in location else ""
-        raise RecipeError(
-            f"{path}: {key}: {location!r} is neither a folder beside the recipe, nor one in the "
-            f"working directory, nor a hub id (owner/name or owner/name@revision){adapter}"
-        )
-
-    evaluation = recipe.evaluation
-    references = {
-        label: locate(f"evaluation.references.{label}", location)
-        for label, location in evaluation.references.items()
-    }
-    data = evaluation.data and locate("evaluation.data", evaluation.data)
-    contrast = evaluation.contrast and locate("evaluation.contrast", evaluation.contrast)
-    models = [
-        expert.model_copy(update={"model": locate(f"models.{number}.model", expert.model)})
-        for number, expert in enumerate(recipe.models)
-    ]
-    return recipe.model_copy(
-        update={
-            "base_model": locate("base_model", recipe.base_model),
-            "models": models,
-            "evaluation": evaluation.model_copy(
-                update={"references": references, "data": data, "contrast": contrast}
-            ),
-        }
-    )
 
 
 def _parse(text: str) -> Any:

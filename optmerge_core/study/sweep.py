@@ -31,7 +31,7 @@ from optmerge_core.runtime import parse_device
 from optmerge_core.study import mergekit
 from optmerge_core.study.index_page import write_index
 from optmerge_core.study.open import open_study, settings_in_memory
-from optmerge_core.study.recipe import Recipe, load_recipe
+from optmerge_core.study.recipe import Recipe, load_recipe, scientific
 from optmerge_core.task_vectors.stack import TaskVectors
 
 NAME = "tablexx_sweep"
@@ -75,7 +75,7 @@ def parse_axes(texts: Iterable[str]) -> dict[str, list[Any]]:
         if name in axes:
             raise ValueError(f"--sweep {name}: given twice; write all values after one {name}=")
         try:
-            axes[name] = [_value(part) for part in parts]
+            axes[name] = [scientific(yaml.safe_load(part)) for part in parts]
         except yaml.YAMLError as error:
             raise ValueError(f"--sweep {text!r}: not values YAML can read") from error
     return axes
@@ -222,13 +222,6 @@ def _settings(path: Path) -> str:
     rest = {key: value for key, value in content.items() if key not in swept}
     text = json.dumps(rest, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def _value(text: str) -> Any:
-    try:
-        return float(text) if "e" in text.lower() else yaml.safe_load(text)
-    except ValueError:
-        return yaml.safe_load(text)
 
 
 def _read(path: Path) -> dict[tuple, dict[str, Any]]:

@@ -50,6 +50,17 @@ def test_locations_beside_the_recipe_then_here_then_on_the_hub(write):
     assert recipe.evaluation.test_samples == 20
 
 
+@pytest.mark.parametrize("text", ["1e-5", "1.5e3", "-2.E+1", ".5e0"])
+def test_a_number_without_dot_or_sign_in_its_exponent_is_one(write, text):
+    path = write(merge_method="wudi", method_options={"wudi": {"learning_rate": "LATER"}})
+    path.write_text(path.read_text().replace("LATER", text))
+    if float(text) >= 0:
+        assert load_recipe(path).options() == {"learning_rate": float(text)}
+    else:
+        with pytest.raises(RecipeError, match=r"learning_rate -20\.0"):
+            load_recipe(path)
+
+
 @pytest.mark.parametrize(
     ("merge_method", "parameters", "method", "options"),
     [

@@ -30,10 +30,12 @@ def recipe(tiny, tmp_path):
 
 
 def test_axes():
-    axes = parse_axes(["method=ties, tsv", "lambda=0.3,1,1e-1", "rank_ratio=null,0.2", "x=true"])
+    axes = parse_axes(
+        ["method=ties, tsv", "lambda=0.3,1,1e-1,1.5e1", "rank_ratio=null,0.2", "x=true"]
+    )
     assert axes == {
         "method": ["ties", "tsv"],
-        "lambda": [0.3, 1, 0.1],
+        "lambda": [0.3, 1, 0.1, 15.0],
         "rank_ratio": [None, 0.2],
         "x": [True],
     }
