@@ -1,0 +1,135 @@
+"""A study is what its recipe says, and everybody who merges it gives the merge the same."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from optmerge_core import __main__ as command
+from optmerge_core import load_recipe
+from optmerge_core.merging.merge import merge
+from optmerge_core.methods.registry import METHODS
+from optmerge_core.study import open as opening
+from optmerge_core.study.open import open_study, settings, settings_in_memory
+from optmerge_core.study.sweep import sweep
+
+RECIPES = Path(__file__).resolve().parents[2] / "data" / "recipes"
+SAID = {
+    "parameters": {"lambda": 0.5},
+    "trim": "model",
+    "scope": "all",
+    "family": "llava_onevision",
+    "dtype": "float16",
+    "seed": 7,
+}
+
+ON_DISK = {"scaling_coefficient": 0.5} | {key: SAID[key] for key in ("dtype", "family", "scope")}
+
+
+@pytest.fixture
+def recipe(tiny, tmp_path):
+    """A function that writes a recipe of the tiny experts that says all there is to say."""
+
+    def write(**changes):
+        models = [{"model": str(folder), "name": name} for name, folder in tiny.experts.items()]
+        content = {"merge_method": "ties", "base_model": str(tiny.base), "models": models}
+        path = tmp_path / "tiny.yaml"
+        path.write_text(yaml.safe_dump(content | SAID | changes))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What reaches the merge, in memory or to disk: keyword arguments, one entry a call."""
+    calls = []
+
+    def recorded(function):
+        def call(*args, **kwargs):
+            calls.append(kwargs)
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(opening, "merge_tensors", recorded(opening.merge_tensors))
+    monkeypatch.setattr(command, "merge", recorded(command.merge))
+    monkeypatch.setattr(opening, "diagnose", recorded(opening.diagnose))
+    return calls
+
+
+def expected(method, **more):
+    trim = "model" if method in ("ties", "dare_ties") else "tensor"
+    return {"method": method, "method_options": {}, "seed": 7, "trim": trim} | more
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_merge_takes_of_a_recipe(recipe, method):
+    found = load_recipe(recipe())
+    assert settings_in_memory(found, method) == expected(method)
+    assert settings(found, method) == expected(method, **ON_DISK)
+    assert settings(found) == settings(found, "ties")
+
+
+def test_mergekits_names_and_a_methods_own_options(recipe):
+    found = load_recipe(recipe(method_options={"weight_average": {}, "dare_ties": {"density": 1}}))
+    assert settings(found, "linear")["method"] == "weight_average"
+    assert settings_in_memory(found, "dare_ties") == expected(
+        "dare_ties", method_options={"density": 1}
+    )
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "tsv"])
+def test_every_reader_of_a_recipe_merges_by_all_that_it_says(recipe, calls, tmp_path, method):
+    path = str(recipe())
+    output = ["--output", str(tmp_path / "out"), "--method", method]
+    assert command.main(["merge", path, *output]) == 0
+    assert expected(method, **ON_DISK).items() <= calls.pop().items()
+
+    names = open_study(load_recipe(path)).names
+    sweep([path], {"method": [method]}, tmp_path / "sweep")
+    merged = calls.pop()
+    assert expected(method).items() <= merged.items()
+    assert merged["names"] == names and any(name.endswith("norm.weight") for name in names)
+
+    open_study(load_recipe(path)).merge_tensors(method)
+    assert expected(method).items() <= calls.pop().items()
+
+    assert command.main(["inspect", path]) == 0
+    assert calls.pop() == {"method": "ties", "options": {}, "scaling_coefficient": 0.5}
+    assert not calls
+
+
+def test_a_study_has_what_merge_merges(tiny, recipe, tmp_path):
+    """The merged task vectors in memory are those of the merge to disk, by name and value."""
+    study = open_study(load_recipe(recipe(dtype=None)))
+    report = merge(tiny.base, tiny.experts, tmp_path / "out", **settings(study.recipe))
+    assert [record["name"] for record in report.parameters] == study.names
+    norms = {name: float(tensor.norm()) for name, tensor in study.merge_tensors().items()}
+    assert {r["name"]: r["merged_norm"] for r in report.parameters} == pytest.approx(norms)
+    linear = open_study(study.recipe, scope="linear")
+    assert set(linear.names) < set(study.names) and linear.experts.keys() == tiny.experts.keys()
+    assert list(linear.task_vectors()) == linear.names
+
+
+def test_other_experts_and_another_base_in_the_recipes_place(tiny, recipe):
+    found = load_recipe(recipe(scope="linear"))
+    first = dict([next(iter(tiny.experts.items()))])
+    study = open_study(found, experts=first, base_model=str(tiny.base))
+    assert list(study.experts) == list(first) and study.recipe is found
+    alone = study.merge_tensors("task_arithmetic")
+    assert all(torch.equal(alone[n], study.task_vectors()[n][0]) for n in study.names)
+
+
+def test_specialists_are_opened_and_merged_as_compose_does(calls):
+    found = load_recipe(RECIPES / "omni.yaml")
+    silent = found.model_copy(update={"parameters": {}, "method_options": {}})
+    assert settings(silent)["method_options"] == {"preset": "modality"}
+    study = open_study(silent)
+    assert list(study.specialists) == list(study.experts) == list(found.experts)
+    assert all(list(expert) == study.names for expert in study.experts.values())
+    study.merge_tensors(names=study.names[:1])
+    assert calls.pop()["method_options"] == {"preset": "modality"}
+    with pytest.raises(ValueError, match="omni: specialists cannot be streamed"):
+        open_study(found, stream=True)
