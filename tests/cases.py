@@ -23,6 +23,15 @@ def experts(shape, count=3, seed=0, rank=None, scale=1e-3, dtype=torch.float64):
     return (product * scale / product.square().mean().sqrt()).to(dtype)
 
 
+def random(seed: int, scale: float = 1.0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: scale * torch.randn(48, 32, generator=generator) for name in NAMES}
+
+
+def moved(base: dict, *task_vectors: dict, dtype=torch.float32) -> dict[str, torch.Tensor]:
+    return {name: (base[name] + sum(t[name] for t in task_vectors)).to(dtype) for name in base}
+
+
 def with_zero_expert(shape):
     task_vectors = experts(shape)
     task_vectors[1] = 0
@@ -37,6 +46,7 @@ def distance(result, expected):
     return ((result - expected).norm() / expected.norm()).item()
 
 
+NAMES = [f"model.layers.{layer}.mlp.{kind}.weight" for layer in range(3) for kind in ("up", "down")]
 SHAPES = {"tall": (4, 30, 8), "wide": (4, 8, 30), "square": (3, 12, 12), "crowded": (5, 9, 3)}
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 DTYPES = list(TOLERANCE)

@@ -20,7 +20,7 @@ def dare_task_arithmetic(
     weights: Weights = None,
     generator: Generators = None,
 ) -> Tensor:
-    """Task arithmetic on task vectors with entries dropped by `dare`."""
+    """Task arithmetic on what `dare` leaves: (experts, *shape) -> (*shape)."""
     if task_vectors.is_cuda and weights is None and not isinstance(drop_rate, Sequence):
         from optmerge_core.methods import kernels
 
@@ -41,7 +41,7 @@ def dare_ties(
     rule: str = "released",
     generator: Generators = None,
 ) -> Tensor:
-    """`ties` on task vectors with entries dropped by `dare`; `thresholds` are those after it."""
+    """`ties` on what `dare` leaves (`thresholds` too): (experts, *shape) -> (*shape)."""
     dropped = dare(task_vectors, drop_rate, generator)
     options = {"weights": weights, "normalize": normalize, "rule": rule}
     return ties(dropped, density=density, thresholds=thresholds, **options)

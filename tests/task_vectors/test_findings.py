@@ -1,0 +1,133 @@
+"""What a diagnosis means: each finding on made-up experts, and on the embedded ones."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from cases import NAMES, moved, random
+
+from optmerge_core import load_recipe, open_checkpoint, open_expert
+from optmerge_core.merging.families import mergeable
+from optmerge_core.task_vectors import diagnosis as module
+from optmerge_core.task_vectors import findings
+from optmerge_core.task_vectors.diagnosis import diagnose
+
+DATA = Path(__file__).resolve().parents[2] / "data"
+
+
+def told(diagnosed: module.Diagnosis, word: str) -> list[findings.Finding]:
+    return [finding for finding in diagnosed.findings if word in str(finding)]
+
+
+def serious(diagnosed: module.Diagnosis) -> list[str]:
+    return [str(finding) for finding in diagnosed.findings if finding.severity != "note"]
+
+
+def study(name: str):
+    recipe = load_recipe(DATA / f"recipes/{name}.yaml")
+    base = open_checkpoint(recipe.base_model)
+    experts = {name: open_expert(folder, base) for name, folder in recipe.experts.items()}
+    names = mergeable(base.shapes(), base.config()["model_type"])
+    return diagnose(base, experts, names, options=recipe.options("optmerge"))
+
+
+def test_what_rounding_lost_is_told(base):
+    stored = moved(base, dtype=torch.bfloat16)
+    wide = {name: tensor.float() for name, tensor in stored.items()}
+    small = moved(wide, random(1, 0.001), dtype=torch.bfloat16)
+    found = diagnose(stored, {"a": small}, NAMES)
+    assert found.experts.loc["a", "rounding"] > 0.4 and found.experts.loc["a", "unchanged"] > 0.5
+    assert found.findings[0].severity == "problem" and told(found, "Get the checkpoint in float32")
+    enough = moved(wide, random(1, 0.05), dtype=torch.bfloat16)
+    assert not told(diagnose(stored, {"a": enough}, NAMES), "float32")
+
+
+def test_full_rank_asks_for_the_preset_full(base, experts):
+    assert told(diagnose(base, experts, NAMES, options={"preset": "lora"}), "Write preset: full")
+
+
+def test_gentle_experts_give_no_warning(base, experts):
+    assert serious(diagnose(base, experts, NAMES)) == []
+
+
+def test_an_expert_equal_to_the_base(base, experts):
+    found = diagnose(base, experts | {"b": dict(base)}, NAMES)
+    assert [finding.experts for finding in told(found, "vector is zero")] == [("b",)]
+    assert found.experts.loc["b", "changed"] == 0
+
+
+def test_a_zero_task_vector_says_nothing_of_the_others(base, experts):
+    same = {n: t.clone() for n, t in base.items()}
+    name = next(iter(experts))
+    found = diagnose(base, {name: experts[name], "same": same}, NAMES)
+    assert not told(found, "times as long") and not told(found, "share")
+
+
+def test_an_expert_of_another_base(base, experts):
+    other = random(9)
+    found = diagnose(base, experts | {"b": moved(other, random(2, 0.05))}, NAMES)
+    (finding,) = told(found, "another base")
+    assert finding.severity == "problem" and finding.experts == ("b",)
+
+
+def test_all_experts_of_another_base(base):
+    """Trained on from the base by three times what each expert adds: each alone looks fine."""
+    on = moved(base, random(9, 0.15))
+    experts = {name: moved(on, random(i, 0.05)) for i, name in enumerate("abc", 1)}
+    found = diagnose(base, experts, NAMES)
+    assert not told(found, "cosine 0.9 with")
+    (finding,) = told(found, "point the same way")
+    assert finding.experts == ("a", "b", "c")
+    assert not told(diagnose(on, experts, NAMES), "point the same way")
+
+
+def test_duplicates_relatives_and_opposites(base, experts):
+    tau = random(1, 0.05)
+    twice = experts | {"b": moved(base, tau, random(7, 0.001))}
+    assert told(diagnose(base, twice, NAMES), "nearly the same")[0].experts == ("a", "b")
+    related = experts | {"b": moved(base, tau, random(7, 0.05))}
+    assert told(diagnose(base, related, NAMES), "share a change")[0].experts == ("a", "b")
+    against = experts | {"b": {n: 2 * base[n] - experts["a"][n] for n in NAMES}}
+    assert told(diagnose(base, against, NAMES), "against each other")[0].experts == ("a", "b")
+
+
+def test_a_long_task_vector_is_strong_and_dominates(base, experts):
+    found = diagnose(base, experts | {"b": moved(base, random(2, 0.18))}, NAMES)
+    assert [finding.experts for finding in told(found, "times as long")] == [("b",)]
+    assert [finding.experts for finding in told(found, "Landmarks")] == [("b",)]
+    two = {"a": experts["a"], "b": moved(base, random(2, 0.18))}
+    assert told(diagnose(base, two, NAMES), "3.6 times as long")
+
+
+@pytest.mark.parametrize("method, severity", [("task_arithmetic", "warning"), ("optmerge", "note")])
+def test_a_crowded_sum(base, method, severity):
+    experts = {str(i): moved(base, random(i, 0.09)) for i in range(1, 6)}
+    found = diagnose(base, experts, NAMES, method=method)
+    (finding,) = told(found, "the other experts add")
+    assert finding.severity == severity and "λ around 0.4" in finding.remedy
+    assert found.experts["others"].to_numpy() == pytest.approx(0.18, rel=0.05)
+    half = diagnose(base, experts, NAMES, method="task_arithmetic", scaling_coefficient=0.5)
+    assert not told(half, "the other experts add")
+
+
+def test_landmarks_are_those_of_the_embedded_experts():
+    gentle, stressed = study("internvl"), study("internvl_stressed")
+    for found, landmark in ((gentle, findings.GENTLE), (stressed, findings.STRONG)):
+        norms = found.experts["relative_norm"]
+        assert (norms.min(), norms.max()) == pytest.approx(landmark, abs=5e-4)
+        rank = found.experts["entropy_rank"] / found.experts["full_rank"]
+        assert (rank < findings.OTHER_BASE_RANK).all()
+    assert serious(gentle) == []
+    assert len(serious(stressed)) == 1 and told(stressed, "moved by 11.0% to 17.3%")
+
+
+def test_an_embedded_expert_of_another_base_is_found():
+    """Qwen2-VL's language model was trained on from InternVL's."""
+    ours, theirs = (open_checkpoint(DATA / f"benchmark/{n}/base") for n in ("internvl", "qwen2_vl"))
+    front = "language_model."
+    names = mergeable(ours.shapes(), "internvl")
+    other = {name: theirs[name.removeprefix(front)] for name in names}
+    expert = open_checkpoint(DATA / "benchmark/internvl/gentle/OCR")
+    found = diagnose(ours, {"OCR": expert, "other": other}, names)
+    (finding,) = told(found, "another base")
+    assert finding.experts == ("other",) and "spread over" in finding.found
