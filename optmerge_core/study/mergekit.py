@@ -87,12 +87,16 @@ def _without_plus(entry: Any, base_model: Any) -> Any:
 
 
 def method_options(
-    method: str, parameters: dict[str, Any], beside: Sequence[dict[str, Any]]
+    method: str,
+    parameters: dict[str, Any],
+    beside: Sequence[dict[str, Any]],
+    own: dict[str, Any],
 ) -> dict[str, Any]:
-    """Options of a method from a recipe's `parameters` and those beside each expert.
+    """Options of a method from a recipe's `parameters`, those beside each expert, and its `own`.
 
-    What stands beside an expert counts before what stands in the recipe, as in mergekit. Raises
-    `ValueError` for what has no counterpart: other keys beside a model, values by layer or filter.
+    What stands beside an expert counts before what stands in the recipe, as in mergekit, and both
+    before `own`. Raises `ValueError` for what has no counterpart: other keys beside a model, values
+    by layer or filter.
     """
     for key in sorted({key for own in beside for key in own} - {"weight", "density"}):
         raise ValueError(f"{key!r} beside a model: only weight and density are understood")
@@ -106,7 +110,7 @@ def method_options(
     if method not in SHARED:
         if any(weight not in (None, 1) for weight in weights):
             raise ValueError(f"weight of {method}: only 1 is understood; scale by lambda")
-        return options | flags | _one_or_list("density", densities)
+        return own | options | flags | _one_or_list("density", densities)
     for key, value in flags.items():
         if not isinstance(value, bool):
             raise ValueError(f"{key} {value!r}: true or false is expected")
@@ -114,9 +118,10 @@ def method_options(
         options |= _weighing(method, weights, flags.get("normalize"))
         if method in ("weight_average", "task_arithmetic"):
             densities = [None] * len(densities)  # mergekit takes one, but trims nothing by it
-        elif "drop_rate" not in options:
+        elif not {"drop_rate", "density"} & {*options, *own}:
             densities = [1.0 if density is None else density for density in densities]
     options |= _trimming(method, densities, options)
+    options = own | options
     _check_rescale(method, flags.get("rescale"), options)
     return options
 

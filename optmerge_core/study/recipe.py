@@ -177,11 +177,11 @@ class Recipe(_Strict):
         `mergekit` says what they mean.
         """
         method = self.method(method)
-        options = dict(self.method_options.get(method, {}))
-        if method == self.merge_method:
-            beside = [expert.parameters for expert in self._experts()]
-            options |= mergekit.method_options(method, self.parameters, beside)
-        return options
+        own = dict(self.method_options.get(method, {}))
+        if method != self.merge_method:
+            return own
+        beside = [expert.parameters for expert in self._experts()]
+        return mergekit.method_options(method, self.parameters, beside, own)
 
     def _experts(self) -> list[Expert]:
         if self.merge_method != "weight_average":

@@ -79,6 +79,23 @@ def test_mergekits_words(write, merge_method, parameters, method, options):
     assert recipe.scaling_coefficient == parameters.get("lambda", 1.0)
 
 
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [
+        ("ties", {"density": 0.2}),
+        ("dare_ties", {"drop_rate": 0.2, "density": 0.2}),
+        ("dare_task_arithmetic", {"drop_rate": 0.2}),
+        ("optmerge", {"preset": "lora", "steps": 10}),
+    ],
+)
+def test_a_weight_or_an_option_leaves_the_methods_other_options(write, method, own):
+    other = {"momentum": 0.5} if method == "optmerge" else {"normalize": True}
+    for parameters in ({"weight": 1}, other, {"lambda": 0.5}):
+        changes = {"parameters": parameters, "method_options": {method: own}}
+        options = load_recipe(write(merge_method=method, **changes)).options()
+        assert own.items() <= options.items()
+
+
 def test_mergekits_parameters_beside_each_model_and_base_in_the_list(write):
     models = [{"model": "base"}]
     models += [{"model": f"experts/{x}", "parameters": {"density": 0.5}} for x in ("ocr", "vqa")]
