@@ -47,14 +47,15 @@ class Factors(Mapping[str, tuple[Tensor, Tensor]]):
             found.setdefault(match["module"], {})[match["side"]] = key
         if not found:
             raise CheckpointError(f"{self.folder}: no LoRA factors; save the adapter again")
-        self._keys = {module: (keys.get("A"), keys.get("B")) for module, keys in found.items()}
-        for module, keys in self._keys.items():
-            a, b = (weights.shape(key) if key else (0, 0) for key in keys)
+        self._keys: dict[str, tuple[str, str]] = {}
+        for module, keys in found.items():
+            a, b = (weights.shape(keys[side]) if side in keys else (0, 0) for side in "AB")
             if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not a[0]:
                 raise CheckpointError(
                     f"{weights.files[0]}: {module} has factors A {a} and B {b}, which "
                     "must be (r, inputs) and (outputs, r); save the adapter again"
                 )
+            self._keys[module] = keys["A"], keys["B"]
 
     def shape(self, module: str) -> tuple[int, int]:
         """(outputs, inputs) of the product, from the headers."""

@@ -7,7 +7,6 @@ Weights are safetensors files; where there are none, pickles that hold plain ten
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from optmerge_core.checkpoints.formats import (
-    STORED_DTYPES,
     URL,
     CheckpointError,
+    Entry,
+    read_header,
     read_json,
     weight_files,
 )
+from optmerge_core.checkpoints.pickles import Pickle
 from optmerge_core.checkpoints.weights import Weights
 
 
@@ -43,7 +44,7 @@ class Checkpoint(Weights):
     def __init__(self, folder: str | Path, revision: str | None = None, adapter: bool = False):
         self.folder, self.revision = Path(folder), revision
         self.source = "hub" if revision else "folder"
-        self._pickles: dict[str, Any] = {}
+        self._pickles: dict[str, Pickle] = {}
         present = {path.name for path in self.folder.iterdir() if path.is_file()}
         self._read_headers(str(self.folder), present, adapter)
 
@@ -51,17 +52,17 @@ class Checkpoint(Weights):
         """`present`: the files there; `place`: what error messages call their folder."""
         names, index = weight_files(place, self.folder, present, adapter)
         self.files = [self.folder / name for name in names]
-        self._entries: dict[str, tuple[str, tuple[int, ...], torch.dtype]] = {}
+        self._entries: dict[str, tuple[str, tuple[int, ...], torch.dtype, int]] = {}
         self._names = self._entries
         self._sha256: dict[str, str] = {}
         for file in names:
-            for name, shape, dtype in self._read_header(file):
+            for name, shape, dtype, start in self._read_header(file):
                 if name in self._entries:
                     raise CheckpointError(
                         f"{place}/{file}: tensor {name!r} is also in {self._entries[name][0]}; "
                         "remove the shard that does not belong to this checkpoint"
                     )
-                self._entries[name] = (file, shape, dtype)
+                self._entries[name] = (file, shape, dtype, start)
         for name, file in index.items():
             if name not in self._entries or self._entries[name][0] != file:
                 raise CheckpointError(
@@ -69,14 +70,16 @@ class Checkpoint(Weights):
                     "download or save the checkpoint again"
                 )
 
-    def _read_header(self, file: str) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    def _read_header(self, file: str) -> list[Entry]:
         path = self.folder / file
         if path.suffix == ".bin":
-            from optmerge_core.checkpoints.pickles import Pickle
-
             self._pickles[file] = Pickle(path)
             return self._pickles[file].header()
-        return _safetensors_header(path)
+        try:
+            with open(path, "rb") as stream:
+                return read_header(stream.read(8), stream.read, path.stat().st_size, str(path))
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read ({error}); copy it again") from error
 
     def __getitem__(self, name: str) -> Tensor:
         file = self._entries[name][0]
@@ -127,23 +130,3 @@ class Checkpoint(Weights):
                 with open(path, "rb") as stream:
                     self._sha256[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
         return dict(self._sha256)
-
-
-def _safetensors_header(path: Path) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-    try:
-        with safe_open(path, framework="pt") as handle:
-            slices = {name: handle.get_slice(name) for name in sorted(handle.keys())}
-            header = [
-                (name, tuple(part.get_shape()), STORED_DTYPES[part.get_dtype()])
-                for name, part in slices.items()
-            ]
-    except KeyError as error:
-        raise CheckpointError(f"{path}: dtype {error} is not supported") from error
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: truncated or not a safetensors file ({error}); download or copy it again"
-        ) from error
-    for name, shape, _ in header:
-        if math.prod(size or 1 for size in shape) >= 1 << 63:
-            raise CheckpointError(f"{path}: tensor {name!r} has shape {shape}; copy it again")
-    return header

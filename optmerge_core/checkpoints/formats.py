@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -31,6 +31,10 @@ STORED_DTYPES = {
 }  # fmt: skip
 
 MAX_HEADER = 100_000_000  # bytes, as in safetensors
+
+Entry = tuple[str, tuple[int, ...], torch.dtype, int]
+"""of a tensor: name, shape, dtype, first byte"""
+Bytes = bytes | bytearray
 
 
 class CheckpointError(ValueError):
@@ -120,11 +124,31 @@ def read_json(path: Path, shown: str | None = None) -> dict:
     return content
 
 
-def parse_header(content: bytes, size: int) -> list[tuple[str, tuple[int, ...], torch.dtype, int]]:
+def read_header(first: Bytes, more: Callable[[int], Bytes], size: int, shown: str) -> list[Entry]:
+    """The tensors of a safetensors file, sorted by name; first bytes are counted in the file.
+
+    first: its first eight bytes; `more(length)` gives the bytes after them. `size` is that of the
+    file, `shown` what errors call it. Raises `CheckpointError`.
+    """
+    length = int.from_bytes(first, "little")
+    content = more(length) if length <= min(MAX_HEADER, size - 8) else b""
+    try:
+        entries = parse_header(content, size - 8 - length)
+    except CheckpointError as error:
+        raise CheckpointError(f"{shown}: {error}") from error
+    except ValueError as error:
+        raise CheckpointError(
+            f"{shown}: truncated or not a safetensors file ({error}); download or copy it again"
+        ) from error
+    return sorted((name, shape, dtype, 8 + length + start) for name, shape, dtype, start in entries)
+
+
+def parse_header(content: Bytes, size: int) -> list[Entry]:
     """Name, shape, dtype and first byte of each tensor, of a header before `size` bytes of data.
 
     Raises `ValueError` for what safetensors refuses: tensors must fill the data without gap or
-    overlap. Source: the format's description, github.com/huggingface/safetensors.
+    overlap; `CheckpointError` for a dtype that is not supported. Source: the format's description,
+    github.com/huggingface/safetensors.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -134,7 +158,7 @@ def parse_header(content: bytes, size: int) -> list[tuple[str, tuple[int, ...], 
 
     entries, end = [], 0
     try:
-        header = json.loads(bytes(content), object_pairs_hook=unique)
+        header = json.loads(content, object_pairs_hook=unique)
         header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             shape, dtype, (start, stop) = entry["shape"], entry["dtype"], entry["data_offsets"]
@@ -143,7 +167,7 @@ def parse_header(content: bytes, size: int) -> list[tuple[str, tuple[int, ...], 
             if math.prod(number or 1 for number in shape) >= 1 << 63:
                 raise ValueError(f"{name!r}: shape {shape}")
             if dtype not in STORED_DTYPES:
-                raise ValueError(f"{name!r}: dtype {dtype} is not supported")
+                raise CheckpointError(f"{name!r}: dtype {dtype} is not supported")
             if start != end or stop - start != math.prod(shape) * STORED_DTYPES[dtype].itemsize:
                 raise ValueError(
                     f"{name!r}: bytes {start} to {stop}, after {end}, for {dtype} {shape}"

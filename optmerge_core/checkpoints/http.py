@@ -49,6 +49,9 @@ class RemoteFile:
     from the byte where it stopped, after 1, 2, 4 … 60 seconds or what the server asks for. `size`
     and version are those of the first answer, and an error if a later answer has others. Raises
     `CheckpointError` (`NotThere` for HTTP 401, 403, 404 and 410), naming the URL and the remedy.
+
+    Not by tenacity, which counts attempts: here progress makes up for failures, a server says how
+    long to wait, and one that never answered is given up sooner. As its callbacks it is longer.
     """
 
     def __init__(self, url: str, headers: Mapping[str, str] | None = None, size: int | None = None):

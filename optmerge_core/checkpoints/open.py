@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import huggingface_hub
+from huggingface_hub import constants
+from huggingface_hub.utils import httpx
+
 from optmerge_core.checkpoints.adapters import Adapter
 from optmerge_core.checkpoints.folder import Checkpoint
 from optmerge_core.checkpoints.formats import (
@@ -14,7 +18,7 @@ from optmerge_core.checkpoints.formats import (
     parse_hub_id,
 )
 from optmerge_core.checkpoints.names import other_names
-from optmerge_core.checkpoints.remote import hub_error
+from optmerge_core.checkpoints.remote import hub_error, open_hub, open_url
 from optmerge_core.checkpoints.weights import Renamed, Weights
 
 
@@ -53,30 +57,22 @@ def open_checkpoint(
                 f"{location}: a web server's folder has no revision and is not downloaded; stream "
                 "it (stream=True, --stream), or download it and give the local folder"
             )
-        from optmerge_core.checkpoints.remote import open_url
-
         return open_url(str(location), adapter)
     repo_id, revision = parse_hub_id(str(location), revision)
-    from huggingface_hub import constants
-
     if stream and not constants.HF_HUB_OFFLINE:
-        from optmerge_core.checkpoints.remote import open_hub
-
         return open_hub(repo_id, revision, adapter)
     return _open_cached(repo_id, revision, adapter)
 
 
 def _open_cached(repo_id: str, revision: str | None, adapter: bool) -> Checkpoint:
     """Through the hub's cache: what is missing is downloaded, pickles only if alone."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import httpx
-
     try:
         patterns = ["*.safetensors", *SIDE_PATTERNS]
-        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+        fetch = huggingface_hub.snapshot_download
+        folder = Path(fetch(repo_id, revision=revision, allow_patterns=patterns))
         if not any(folder.glob("*.safetensors")):
             patterns += PICKLE_PATTERNS
-            snapshot_download(repo_id, revision=folder.name, allow_patterns=patterns)
+            fetch(repo_id, revision=folder.name, allow_patterns=patterns)
         return Checkpoint(folder, revision=folder.name, adapter=adapter)
     except (OSError, ValueError, httpx.HTTPError) as error:
         raise hub_error(repo_id, revision, error) from error

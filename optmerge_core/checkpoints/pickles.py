@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optmerge_core.checkpoints.formats import STORED_DTYPES, CheckpointError
+from optmerge_core.checkpoints.formats import STORED_DTYPES, CheckpointError, Entry
 
 REMEDY = "convert the model to safetensors with from_pretrained(...).save_pretrained(...)"
 KEPT_BYTES = 256_000_000
@@ -33,8 +33,8 @@ class Pickle:
         self._mapped = zipfile.is_zipfile(path)
         self._state, self._bytes_read = self._load(), 0
 
-    def header(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-        """Name, shape and dtype of each tensor, sorted by name."""
+    def header(self) -> list[Entry]:
+        """Name, shape, dtype of each tensor, sorted by name; torch knows where it lies."""
         state = self._state
         if not isinstance(state, dict) or not state:
             raise CheckpointError(f"{self.path}: not a state dict (name -> tensor); {REMEDY}")
@@ -49,7 +49,7 @@ class Pickle:
                     f"{self.path}: {name!r} is {tensor.layout} {tensor.dtype}, which is not "
                     f"supported; {REMEDY}"
                 )
-        return [(name, tuple(state[name].shape), state[name].dtype) for name in sorted(state)]
+        return [(name, tuple(t.shape), t.dtype, 0) for name, t in sorted(state.items())]
 
     def read(self, name: str) -> Tensor:
         if self._mapped and self._bytes_read > KEPT_BYTES:

@@ -11,14 +11,19 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 import torch
-from huggingface_hub import HfApi, hf_hub_url, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_url, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import build_hf_headers, httpx
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -27,11 +32,11 @@ from optmerge_core.checkpoints.folder import Checkpoint
 from optmerge_core.checkpoints.formats import (
     ADAPTER_NAME,
     INDEX_NAME,
-    MAX_HEADER,
     SIDE_PATTERNS,
     SINGLE_NAME,
     CheckpointError,
-    parse_header,
+    Entry,
+    read_header,
     read_index,
     read_json,
     weight_files,
@@ -53,7 +58,7 @@ class RemoteCheckpoint(Checkpoint):
     """A checkpoint whose weights stay on a server: the interface of `Checkpoint`.
 
     `files` are its weight files by name, `folder` holds its side files on the disk. Opening reads
-    the headers, indexing one tensor. `on_bytes` is told how many bytes of tensors have come.
+    the headers, indexing one tensor.
     """
 
     def __init__(
@@ -65,34 +70,21 @@ class RemoteCheckpoint(Checkpoint):
         revision: str | None = None,
         digests: Mapping[str, str] | None = None,
     ):
-        self.source, self.folder, self.revision = source, folder, revision
-        self.on_bytes: Callable[[int], None] | None = None
+        self.source, self.folder, self.revision, self._pickles = source, folder, revision, {}
         self._remote, self._digests = files, digests or {}
-        self._starts: dict[str, int] = {}
         present = {*files, *(path.name for path in folder.iterdir())}
         self._read_headers(source, present, adapter)
 
-    def _read_header(self, file: str) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    def _read_header(self, file: str) -> list[Entry]:
         remote = self._remote[file]
         if not file.endswith(".safetensors"):
             raise CheckpointError(f"{remote.url}: a pickle cannot be streamed; {DOWNLOAD}")
-        length = int.from_bytes(remote.read(0, 8), "little")
-        if length > min(MAX_HEADER, remote.size - 8):
-            raise CheckpointError(
-                f"{remote.url}: truncated or not a safetensors file (header of {length} bytes)"
-            )
-        try:
-            entries = parse_header(remote.read(8, 8 + length), remote.size - 8 - length)
-        except ValueError as error:
-            raise CheckpointError(
-                f"{remote.url}: truncated or not a safetensors file ({error})"
-            ) from error
-        self._starts |= {name: 8 + length + start for name, _, _, start in entries}
-        return sorted(entry[:3] for entry in entries)
+        first = remote.read(0, 8)
+        assert remote.size is not None, "known from the first answer"
+        return read_header(first, lambda n: remote.read(8, 8 + n), remote.size, remote.url)
 
     def __getitem__(self, name: str) -> Tensor:
-        file, shape, dtype = self._entries[name]
-        start = self._starts[name]
+        file, shape, dtype, start = self._entries[name]
         data = self._remote[file].read(start, start + self.nbytes(name), self.on_bytes)
         if not data:
             return torch.empty(shape, dtype=dtype)
@@ -132,7 +124,7 @@ def open_hub(repo_id: str, revision: str | None, adapter: bool) -> Checkpoint:
         name: RemoteFile(hf_hub_url(repo_id, name, revision=info.sha), headers, files[name].size)
         for name in weights
     }
-    digests = {name: files[name].lfs.sha256 for name in weights if files[name].lfs}
+    digests = {name: lfs.sha256 for name in weights if (lfs := files[name].lfs)}
     return RemoteCheckpoint(source, folder, remote, adapter, info.sha, digests)
 
 
@@ -223,15 +215,16 @@ def _fetch_side_files(url: str, folder: Path) -> None:
             wanted += re.findall(r"^\s*from \.(\w+) import", text, re.MULTILINE)
 
 
+REMEDIES = {
+    GatedRepoError: "accept the conditions on the model's page and log in with `hf auth login`",
+    RevisionNotFoundError: "the model has no such branch, tag or commit; correct the revision",
+    RepositoryNotFoundError: "check the name; for a private model log in with `hf auth login`",
+    Exception: "check name and network",
+}
+
+
 def hub_error(repo_id: str, revision: str | None, error: Exception) -> CheckpointError:
     """What the hub's library raised, as one error that names id, revision and remedy."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
     what = f"{repo_id} (revision {revision or constants.DEFAULT_REVISION})"
     if constants.HF_HUB_OFFLINE:
         return CheckpointError(
@@ -240,14 +233,7 @@ def hub_error(repo_id: str, revision: str | None, error: Exception) -> Checkpoin
         )
     if isinstance(error, CheckpointError):
         return error
-    if isinstance(error, GatedRepoError):
-        remedy = "accept the conditions on the model's page and log in with `hf auth login`"
-    elif isinstance(error, RevisionNotFoundError):
-        remedy = "the model has no such branch, tag or commit; correct the revision"
-    elif isinstance(error, RepositoryNotFoundError):
-        remedy = "check the name; for a private model log in with `hf auth login`"
-    else:
-        remedy = "check name and network"
+    remedy = next(text for kind, text in REMEDIES.items() if isinstance(error, kind))
     reason = (str(error).strip() or "no reason given").splitlines()[0]
     return CheckpointError(
         f"{what}: no such folder, and the hub did not give it ({type(error).__name__}: {reason}); "

@@ -6,7 +6,7 @@ A folder, a stream, an adapter, a model in memory, each in its own file, all wit
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ class Weights(Mapping[str, Tensor]):
     """the base model that an adapter says it was made for"""
     changes: Collection[str] | None = None
     """the only parameters that may differ from the base's, where that is known: an adapter's"""
+    on_bytes: Callable[[int], None] | None = None
+    """told each time how many bytes of tensors have come, where they come over the network"""
     _names: Collection[str]
 
     @abstractmethod
