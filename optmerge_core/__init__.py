@@ -5,30 +5,41 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from optmerge_core.checkpoints.open import open_checkpoint, open_expert
-    from optmerge_core.merging.merge import merge
+    from optmerge_core.merging.merge import join, merge, merge_part
     from optmerge_core.merging.merge_adapters import merge_adapters
+    from optmerge_core.merging.plan import MergePlan, load_plan, plan_merge
     from optmerge_core.methods.registry import METHODS
     from optmerge_core.study.recipe import load_recipe
 
 _HOMES = {
     "METHODS": "methods.registry",
+    "MergePlan": "merging.plan",
+    "join": "merging.merge",
+    "load_plan": "merging.plan",
     "load_recipe": "study.recipe",
     "merge": "merging.merge",
     "merge_adapters": "merging.merge_adapters",
+    "merge_part": "merging.merge",
     "open_checkpoint": "checkpoints.open",
     "open_expert": "checkpoints.open",
+    "plan_merge": "merging.plan",
 }
 """Public name -> its file, imported when the name is first used: torch alone takes two seconds."""
 
 __version__ = "0.1.0"
 __all__ = [
     "METHODS",
+    "MergePlan",
     "__version__",
+    "join",
+    "load_plan",
     "load_recipe",
     "merge",
     "merge_adapters",
+    "merge_part",
     "open_checkpoint",
     "open_expert",
+    "plan_merge",
 ]
 
 

@@ -1,12 +1,13 @@
-"""Work on many parameters at once: several threads, results in order, few of them in memory."""
+"""Device, dtype, threads, memory: work on many parameters at once, and what it takes."""
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -100,3 +101,23 @@ def peak_memory(device: torch.device) -> tuple[int, int | None]:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, on_device  # macOS counts bytes
+
+
+class Meter:
+    """Seconds and memory that work takes, from when this is made."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.started = device, time.perf_counter()
+        reset_peak_memory(device)
+
+    def read(self) -> dict[str, Any]:
+        """seconds; peak_memory_bytes, resident, of this process; peak_device_memory_bytes, that
+        torch has allocated on a CUDA device, else None; and device, its name."""
+        cuda = self.device.type == "cuda"
+        resident, allocated = peak_memory(self.device)
+        return {
+            "device": torch.cuda.get_device_name(self.device) if cuda else str(self.device),
+            "seconds": time.perf_counter() - self.started,
+            "peak_memory_bytes": resident,
+            "peak_device_memory_bytes": allocated,
+        }

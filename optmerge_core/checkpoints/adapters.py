@@ -151,6 +151,9 @@ class Adapter(Weights):
     def dtype(self, name: str) -> torch.dtype:
         return self.base.dtype(name)
 
+    def file_sizes(self) -> dict[str, int]:
+        return {CONFIG_NAME: (self.folder / CONFIG_NAME).stat().st_size} | self.weights.file_sizes()
+
     def sha256(self) -> dict[str, str]:
         return self.weights.sha256()
 

@@ -123,6 +123,9 @@ class Checkpoint(Weights):
             )
         return config
 
+    def file_sizes(self) -> dict[str, int]:
+        return {path.name: path.stat().st_size for path in self.files}
+
     def sha256(self) -> dict[str, str]:
         """File name -> SHA-256 of each weight file. Reads every file once; kept afterwards."""
         if not self._sha256:

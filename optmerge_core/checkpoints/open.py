@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import huggingface_hub
+import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import httpx
+from torch import Tensor
 
 from optmerge_core.checkpoints.adapters import Adapter
 from optmerge_core.checkpoints.folder import Checkpoint
@@ -19,17 +22,24 @@ from optmerge_core.checkpoints.formats import (
 )
 from optmerge_core.checkpoints.names import other_names
 from optmerge_core.checkpoints.remote import hub_error, open_hub, open_url
-from optmerge_core.checkpoints.weights import Renamed, Weights
+from optmerge_core.checkpoints.weights import Renamed, Weights, as_weights
 
 
-def open_expert(location: str | Path, base: Checkpoint, stream: bool = False) -> Weights:
-    """An expert of `base`: a whole checkpoint, or a PEFT LoRA adapter; see `open_checkpoint`.
+def open_expert(
+    expert: str | Path | Mapping[str, Tensor] | torch.nn.Module, base: Weights, stream: bool = False
+) -> Weights:
+    """An expert of `base`: a whole checkpoint or a PEFT LoRA adapter (see `open_checkpoint`), or a
+    model or state dict in memory.
 
-    A checkpoint with other names for the base's parameters (`names.other_names`) gets these.
+    Weights with other names for the base's parameters (`names.other_names`) get these.
     """
-    opened = open_checkpoint(location, adapter=True, stream=stream)
-    if opened.is_adapter:
-        return Adapter(opened, base)
+    if isinstance(expert, str | Path):
+        checkpoint = open_checkpoint(expert, adapter=True, stream=stream)
+        if checkpoint.is_adapter:
+            return Adapter(checkpoint, base)
+        opened: Weights = checkpoint
+    else:
+        opened = as_weights(expert)
     ours = {theirs: ours for ours, theirs in other_names(base, opened).items()}
     return Renamed(opened, {ours.get(name, name): name for name in opened}) if ours else opened
 

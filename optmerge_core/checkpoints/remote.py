@@ -93,6 +93,9 @@ class RemoteCheckpoint(Checkpoint):
     def streamed(self, names: Iterable[str]) -> list[tuple[Weights, list[str]]]:
         return [(self, list(names))]
 
+    def file_sizes(self) -> dict[str, int]:
+        return {file.name: self._remote[file.name].size for file in self.files}
+
     def sha256(self) -> dict[str, str]:
         """File name -> SHA-256 where the hub tells it; else size and version, marked as such."""
         return {

@@ -73,6 +73,10 @@ class Weights(Mapping[str, Tensor]):
         """What a parameter is called in the files."""
         return name
 
+    def file_sizes(self) -> dict[str, int]:
+        """File name -> bytes of each file that decides what the weights are."""
+        return {}
+
     def sha256(self) -> dict[str, str]:
         """File name -> SHA-256 of each weight file."""
         return {}
@@ -87,10 +91,11 @@ class Weights(Mapping[str, Tensor]):
 
 
 class InMemory(Weights):
-    """A state dict, as it is."""
+    """A state dict, as it is, with the config of the model it is of, if that is known."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]):
+    def __init__(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None = None):
         self.tensors = self._names = tensors
+        self._config = config or {}
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -100,6 +105,9 @@ class InMemory(Weights):
 
     def dtype(self, name: str) -> torch.dtype:
         return self.tensors[name].dtype
+
+    def config(self) -> dict[str, Any]:
+        return dict(self._config)
 
 
 class Renamed(Weights):
@@ -134,6 +142,9 @@ class Renamed(Weights):
     def task_vector(self, name: str) -> Tensor | None:
         return self.weights.task_vector(self.names[name])
 
+    def file_sizes(self) -> dict[str, int]:
+        return self.weights.file_sizes()
+
     def sha256(self) -> dict[str, str]:
         return self.weights.sha256()
 
@@ -141,6 +152,9 @@ class Renamed(Weights):
         return self.weights.streamed(self.names[name] for name in names)
 
 
-def as_weights(tensors: Mapping[str, Tensor]) -> Weights:
-    """A state dict as `Weights`; what is `Weights` already stays as it is."""
+def as_weights(tensors: Mapping[str, Tensor] | torch.nn.Module) -> Weights:
+    """The same with all that `Weights` has, of a state dict or a model; weights stay themselves."""
+    if isinstance(tensors, torch.nn.Module):
+        config = getattr(tensors, "config", None)  # a Hugging Face model's
+        return InMemory(tensors.state_dict(), config and config.to_dict())
     return tensors if isinstance(tensors, Weights) else InMemory(tensors)

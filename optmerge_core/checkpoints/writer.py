@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -50,14 +51,14 @@ class CheckpointWriter:
     ):
         self.single = single
         self.output_dir = Path(output_dir).resolve()
-        self.max_shard_bytes = _parse_size(max_shard_size)
+        self.max_shard_bytes = parse_size("max_shard_size", max_shard_size)
         self._demands = {"overwrite": overwrite, "expected_bytes": expected_bytes}
         check_output(self.output_dir, **self._demands)
         self.folder = self.output_dir.with_name(f".{self.output_dir.name}.partial")
         self._old = self.output_dir.with_name(f".{self.output_dir.name}.old")
         self._new_parents = [path for path in self.output_dir.parents if not path.exists()]
         self._lock: int | None = None
-        self._syncing: list[Future[None]] = []
+        self._syncing: list[Future[str]] = []
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self._shards: list[list[str]] = []
@@ -83,12 +84,23 @@ class CheckpointWriter:
         if name in self._names:
             raise CheckpointError(f"{self.output_dir}: tensor {name!r} added twice")
         tensor = tensor.detach().cpu().contiguous()
-        if self._pending and self._pending_bytes + tensor.nbytes > self.max_shard_bytes:
+        if _starts_shard(self._pending, self._pending_bytes, tensor.nbytes, self.max_shard_bytes):
             self._flush()
         self._pending[name] = tensor
         self._pending_bytes += tensor.nbytes
         self._total_bytes += tensor.nbytes
         self._names.add(name)
+
+    def digests(self) -> dict[str, str]:
+        """File -> SHA-256 of the weights, after the last tensor; hashed while others were computed.
+
+        Waits until they are on the disk.
+        """
+        if self._pending:
+            self._flush()
+        with self._explained():
+            hashes = [syncing.result() for syncing in self._syncing]
+        return dict(zip(file_names(len(hashes), self.single), hashes, strict=True))
 
     def copy_side_files(self, base_folder: str | Path) -> None:
         """Copy what is not weights: configs, tokenizer, processor, chat templates, remote code."""
@@ -119,28 +131,22 @@ class CheckpointWriter:
         with self._explained():
             save_file(self._pending, path, metadata={"format": "pt"})
         # The disk works while the next shard is computed.
-        self._syncing.append(self._disk.submit(_sync, path))
+        self._syncing.append(self._disk.submit(_sync_and_hash, path))
         self._shards.append(list(self._pending))
         self._pending.clear()
         self._pending_bytes = 0
 
     def _finish(self) -> None:
-        if self._pending:
-            self._flush()
-        for syncing in self._syncing:
-            syncing.result()
-        count = len(self._shards)
-        weight_map = {}
-        for number, names in enumerate(self._shards, start=1):
-            file = f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else self.single
+        files, weight_map = self.digests(), {}
+        for number, (file, names) in enumerate(zip(files, self._shards, strict=True), start=1):
             (self.folder / f"{number:05d}").rename(self.folder / file)
             weight_map.update(dict.fromkeys(names, file))
-        if count > 1:
+        if len(files) > 1:
             metadata = {"total_size": self._total_bytes}
             index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
             self.write_text(INDEX_NAME, json.dumps(index, indent=2) + "\n")
         for path in (*self.folder.rglob("*"), self.folder):
-            _sync(path)
+            sync(path)
         check_output(self.output_dir, overwrite=self._demands["overwrite"])
         if _occupied(self.output_dir):
             self.output_dir.rename(self._old)
@@ -150,7 +156,7 @@ class CheckpointWriter:
             if self._old.exists():
                 self._old.rename(self.output_dir)
             raise
-        _sync(self.output_dir.parent)
+        sync(self.output_dir.parent)
         self._clear()
 
     def _clear(self) -> None:
@@ -171,16 +177,43 @@ class CheckpointWriter:
             with suppress(OSError):  # not empty: it holds the output
                 path.rmdir()
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """What the disk refuses as one `CheckpointError` that names the output and the remedy."""
-        try:
-            yield
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{self.output_dir} cannot be written ({error}); free some space or choose another "
-                "output folder"
-            ) from error
+    def _explained(self) -> AbstractContextManager[None]:
+        return explained(self.output_dir)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """What the disk refuses as one `CheckpointError` that names the path and the remedy."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} cannot be written ({error}); free some space or choose another output folder"
+        ) from error
+
+
+def shard_layout(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
+    """The parameters of each shard that `CheckpointWriter` makes of parameters of these sizes."""
+    shards: list[list[str]] = []
+    total = 0
+    for name, size in sizes.items():
+        if not shards or _starts_shard(shards[-1], total, size, max_shard_bytes):
+            shards.append([])
+            total = 0
+        shards[-1].append(name)
+        total += size
+    return shards
+
+
+def _starts_shard(shard: Collection[str], shard_bytes: int, size: int, most: int) -> bool:
+    return bool(shard) and shard_bytes + size > most
+
+
+def file_names(shards: int, single: str = SINGLE_NAME) -> list[str]:
+    """The names of a checkpoint's weight files, as transformers gives them."""
+    numbers = range(1, shards + 1)
+    several = [f"model-{n:05d}-of-{shards:05d}.safetensors" for n in numbers]
+    return several if shards > 1 else [single] * shards
 
 
 def _lock(output_dir: Path) -> int:
@@ -204,7 +237,13 @@ def _lock(output_dir: Path) -> int:
         os.close(lock)  # its holder has just finished and removed it
 
 
-def _sync(path: Path) -> None:
+def _sync_and_hash(path: Path) -> str:
+    sync(path)
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
     """Wait until a file is on the disk, so that a power cut cannot leave it empty or short."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -289,10 +328,10 @@ def side_files(folder: str | Path) -> list[Path]:
     return files
 
 
-def _parse_size(size: int | str) -> int:
+def parse_size(name: str, size: int | str) -> int:
     """Bytes of 1000, "20KB", "500MB", "1.5GB" (powers of ten, as transformers counts them)."""
     units = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(B|KB|MB|GB)?", str(size).upper())
     if match is None or float(match[1]) <= 0:
-        raise ValueError(f"max_shard_size {size!r}: give bytes, or a text like '500MB' or '1GB'")
+        raise ValueError(f"{name} {size!r}: give bytes, or a text like '500MB' or '1GB'")
     return int(float(match[1]) * units[match[2] or "B"])

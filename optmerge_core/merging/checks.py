@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,15 @@ from optmerge_core.checkpoints.weights import Weights
 from optmerge_core.checkpoints.writer import side_files
 from optmerge_core.methods.registry import check_options
 from optmerge_core.runtime import FLOAT_DTYPES, in_order
-from optmerge_core.task_vectors.stack import TaskVectors
+
+
+class NotFinite(ValueError):
+    """A parameter of an input has NaN or Inf; the message names parameter and owner."""
+
+
+class NothingChanges(ValueError):
+    """All experts equal the base model in all that merges."""
+
 
 TRIMMING = ("ties", "dare_ties")
 """The methods that trim: per tensor, or over the whole model."""
@@ -75,9 +83,11 @@ def check_folders(base: Weights, experts: Mapping[str, Weights], output_dir: Pat
     side_files(base.folder)
     seen = {base.folder.resolve(): "the base model"}
     for name, expert in experts.items():
+        if expert.folder is None:  # in memory
+            continue
         folder = expert.folder.resolve()
         if folder in seen:
-            _notice(f"expert {name} is the same folder as {seen[folder]}: {expert.folder}")
+            notice(f"expert {name} is the same folder as {seen[folder]}: {expert.folder}")
         seen.setdefault(folder, f"expert {name}")
     for folder, owner in seen.items():
         output = output_dir.resolve()
@@ -87,76 +97,62 @@ def check_folders(base: Weights, experts: Mapping[str, Weights], output_dir: Pat
             raise ValueError(f"{output_dir} is inside {owner}: choose another output folder")
 
 
-def check_changes(base: Weights, experts: Mapping[str, Weights], names: list[str]) -> None:
-    """Warn of experts that equal the base in all that merges; raise `ValueError` if all do.
-
-    Reads up to the first parameter that differs, so an expert that was trained costs next to
-    nothing.
-    """
-    unchanged, by_size = [], sorted(names, key=lambda name: math.prod(base.shape(name)))
-    for expert_name, expert in experts.items():
-        task_vectors = TaskVectors(base, {expert_name: expert}, names)
-        pieces = (task_vectors.blocks(name, base[name]) for name in by_size)
-        if not any(block.any() for blocks in pieces for block in blocks):
-            unchanged.append(expert_name)
-    check_unchanged(unchanged, len(experts), len(names))
-
-
 def check_unchanged(unchanged: list[str], experts: int, parameters: int) -> None:
     """Warn of these experts, which equal the base; raise `ValueError` if there are no others."""
     if len(unchanged) == experts:
-        raise ValueError(
+        raise NothingChanges(
             f"every expert ({', '.join(unchanged)}) equals the base model in all {parameters} "
             "parameters that merge, so the merged model would be the base model; give models that "
             "were trained further from it"
         )
     for name in unchanged:
-        _notice(
+        notice(
             f"expert {name} equals the base model in all {parameters} parameters that merge: its "
             "task vector is zero"
         )
 
 
-def check_finite(base: Weights, experts: Mapping[str, Weights], names: list[str]) -> None:
-    """Raise one `ValueError` that lists every parameter with NaN or Inf.
+def check_finite(
+    base: Weights,
+    experts: Mapping[str, Weights],
+    names: Iterable[str],
+    sources: Mapping[str, str],
+) -> None:
+    """Raise one `NotFinite` that lists what has NaN or Inf, of these parameters of the base.
 
-    Reads all of the base, and of `names` what an expert has.
+    sources: those that merge -> the parameter of the experts that is looked at.
     """
-    readings = [("the base", base, name) for name in base]
-    readings += [
-        (f"expert {n}", expert, name)
-        for n, expert in experts.items()
-        for name in names
-        if name in expert
-    ]
+    names = list(names)
+    merging = dict.fromkeys(sources[name] for name in names if name in sources)
+    readings = [("the base", base, name) for name in names]
+    readings += [(f"expert {e}", x, n) for e, x in experts.items() for n in merging if n in x]
 
     def problem(reading: tuple[str, Weights, str]) -> str | None:
-        owner, checkpoint, name = reading
-        count = _count_not_finite(checkpoint[name])
+        owner, weights, name = reading
+        count = _count_not_finite(weights[name])
         return f"{name}: {owner} has {count} NaN or Inf" if count else None
 
-    found = in_order(problem, tqdm(readings, desc="checking"))
-    problems = [text for text in found if text]
+    problems = [text for text in in_order(problem, tqdm(readings, desc="checking")) if text]
     if problems:
-        raise ValueError(
+        raise NotFinite(
             f"{len(problems)} parameters are not finite:\n  "
             + "\n  ".join(problems)
             + "\nUse an earlier or undamaged checkpoint, or leave the expert out."
         )
 
 
-def check_read(name: str, owner: str, tensor: Tensor) -> None:
-    """As `check_finite`, for a tensor that was just read and cannot be read twice."""
+def check_finite_tensor(name: str, owner: str, tensor: Tensor) -> None:
+    """As `check_finite`, for a tensor that was just read. Raises `NotFinite`."""
     if count := _count_not_finite(tensor):
-        raise ValueError(
+        raise NotFinite(
             f"{name}: {owner} has {count} NaN or Inf; use an earlier or undamaged checkpoint, or "
             "leave the expert out"
         )
 
 
-def in_range(name: str, tensor: Tensor) -> Tensor:
+def check_in_range(name: str, tensor: Tensor) -> Tensor:
     """The tensor itself; the inputs are finite, so what is not finite now is an overflow."""
-    if _count_not_finite(tensor):
+    if not_finite(tensor):
         raise ValueError(
             f"{name}: the result is out of the range of {dtype_name(tensor.dtype)}; use a smaller "
             "scaling_coefficient, or dtype='bfloat16' or 'float32'"
@@ -164,14 +160,21 @@ def in_range(name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _count_not_finite(tensor: Tensor) -> int:
+def not_finite(tensor: Tensor) -> bool:
+    """Whether there is NaN or Inf in it, without a second tensor to write and read."""
     if not tensor.is_floating_point() or not tensor.numel():
-        return 0
-    if tensor.dtype not in FLOAT_DTYPES.values():
-        tensor = tensor.float()  # 8-bit floats have no isfinite
-    low, high = torch.aminmax(tensor)  # NaN if there is one: no second tensor to write and read
-    return 0 if torch.isfinite(low) and torch.isfinite(high) else int((~tensor.isfinite()).sum())
+        return False
+    low, high = torch.aminmax(_comparable(tensor))  # NaN if there is one
+    return not bool(torch.isfinite(low) and torch.isfinite(high))
 
 
-def _notice(text: str) -> None:
+def _count_not_finite(tensor: Tensor) -> int:
+    return int((~_comparable(tensor).isfinite()).sum()) if not_finite(tensor) else 0
+
+
+def _comparable(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype in FLOAT_DTYPES.values() else tensor.float()  # of 8 bits
+
+
+def notice(text: str) -> None:
     warnings.warn(text, stacklevel=3)

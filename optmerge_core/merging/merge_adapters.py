@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +24,11 @@ from optmerge_core.checkpoints.formats import ADAPTER_NAME, CheckpointError
 from optmerge_core.checkpoints.open import open_checkpoint
 from optmerge_core.checkpoints.writer import CheckpointWriter, check_output
 from optmerge_core.merging.card import adapter_card
-from optmerge_core.merging.checks import check_read, check_request
-from optmerge_core.merging.report import MergeReport
+from optmerge_core.merging.checks import check_finite_tensor, check_request, with_preset
+from optmerge_core.merging.report import MergeReport, describe, record
 from optmerge_core.methods.optmerge import PRESETS
 from optmerge_core.methods.registry import METHODS
-from optmerge_core.runtime import in_order, peak_memory, reset_peak_memory
+from optmerge_core.runtime import Meter, in_order
 
 ENTRYWISE = "works on single entries, which leaves the span of the factors"
 IMPOSSIBLE = dict.fromkeys(("ties", "dare_task_arithmetic", "dare_ties"), ENTRYWISE) | {
@@ -56,53 +54,39 @@ def merge_adapters(
     Returns the folder: adapter_model.safetensors (float32) and adapter_config.json, scale 1, with
     merge_report.json and a model card.
     """
-    started = time.perf_counter()
-    reset_peak_memory(torch.device("cpu"))
-    options = dict(method_options or {})
-    if method == "optmerge":
-        options.setdefault("preset", "lora")
+    meter, options = Meter(torch.device("cpu")), with_preset(method, method_options, "lora")
     check_request(experts, method, options, scaling_coefficient, "tensor")
     check_possible(method, options)
     check_output(output_dir, overwrite=overwrite)
     opened = {n: Factors(open_checkpoint(x, adapter=True)) for n, x in experts.items()}
-    modules = list(dict.fromkeys(module for factors in opened.values() for module in factors))
-    shapes = _common_shapes(opened, modules)
-
+    shapes = _common_shapes(opened)
     ranks = {
-        module: min(sum(f.rank(module) for f in opened.values() if module in f), *shapes[module])
-        for module in modules
+        module: min(sum(f.rank(module) for f in opened.values() if module in f), *shape)
+        for module, shape in shapes.items()
     }
-    rank = max(ranks.values())
+    rank, records = max(ranks.values()), []
 
     def result(module: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Factors of one rank for all modules, as PEFT wants them: the smaller ones padded by 0."""
-        pairs = [factors.get(module) for factors in opened.values()]
-        for name, pair in zip(opened, pairs, strict=True):
+        pairs = {name: factors.get(module) for name, factors in opened.items()}
+        for name, pair in pairs.items():
             for factor in pair or ():
-                check_read(module, f"expert {name}", factor)
-        b, a = merge_factors(pairs, method, options, scaling_coefficient, shapes[module])
-        norms = [product_norm(*pair) if pair else 0.0 for pair in pairs]
-        record = {
-            "name": module,
-            "shape": list(shapes[module]),
-            "base_norm": None,
-            "merged_norm": product_norm(b, a) / abs(scaling_coefficient or 1.0),
-            "expert_norms": dict(zip(opened, norms, strict=True)),
-        }
+                check_finite_tensor(module, f"expert {name}", factor)
+        given = list(pairs.values())
+        b, a = merge_factors(given, method, options, scaling_coefficient, shapes[module])
+        norms = {name: product_norm(*pair) if pair else 0.0 for name, pair in pairs.items()}
+        norm = product_norm(b, a) / abs(scaling_coefficient or 1.0)
         missing = rank - ranks[module]
-        return pad(b, (0, missing)).contiguous(), pad(a, (0, 0, 0, missing)).contiguous(), record
+        b, a = pad(b, (0, missing)).contiguous(), pad(a, (0, 0, 0, missing)).contiguous()
+        return b, a, record(module, shapes[module], None, norm, norms)
 
-    settings = next(iter(opened.values())).settings | {
-        "r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
-        "target_modules": modules, "exclude_modules": None, "layers_to_transform": None,
-        "layers_pattern": None, "inference_mode": True,
-    }  # fmt: skip
-    progress, records = tqdm(modules, desc=f"merging adapters ({method})", unit="module"), []
+    progress = tqdm(shapes, desc=f"merging adapters ({method})", unit="module")
     with CheckpointWriter(output_dir, 2**63, overwrite=overwrite, single=ADAPTER_NAME) as writer:
-        for module, (b, a, record) in zip(progress, in_order(result, modules), strict=True):
+        for module, (b, a, made) in zip(progress, in_order(result, shapes), strict=True):
             writer.add(f"{PREFIX}{module}.lora_A.weight", a)
             writer.add(f"{PREFIX}{module}.lora_B.weight", b)
-            records.append(record)
+            records.append(made)
+        weights, settings = writer.digests(), _settings(opened, rank)
         writer.write_text(CONFIG_NAME, json.dumps(settings, indent=2) + "\n")
         base = str(settings.get("base_model_name_or_path") or "not named")
         report = MergeReport(
@@ -110,30 +94,25 @@ def merge_adapters(
             method=method,
             method_options=options,
             scaling_coefficient=scaling_coefficient,
-            trim="tensor",
-            seed=0,
-            device="cpu",
-            dtype=None,
-            model_type=None,
             base_model={"location": base, "revision": settings.get("revision"), "sha256": {}},
-            experts={
-                name: {
-                    "location": str(location),
-                    "revision": opened[name].weights.revision,
-                    "sha256": opened[name].weights.sha256(),
-                }
-                for name, location in experts.items()
-            },
+            experts={n: describe(experts[n], factors.weights) for n, factors in opened.items()},
             parameters=records,
-            parameters_kept=0,
-            seconds=time.perf_counter() - started,
-            peak_memory_bytes=peak_memory(torch.device("cpu"))[0],
-            peak_device_memory_bytes=None,
-            versions={name: version(name) for name in ("torch", "safetensors")},
+            weights=weights,
+            **meter.read(),
         )
         writer.write_text("merge_report.json", report.to_json())
         writer.write_text("README.md", adapter_card(report))
     return Path(output_dir)
+
+
+def _settings(opened: Mapping[str, Factors], rank: int) -> dict[str, Any]:
+    """adapter_config.json: the first adapter's, with scale 1 and what is now of all modules."""
+    modules = list(dict.fromkeys(module for factors in opened.values() for module in factors))
+    return next(iter(opened.values())).settings | {
+        "r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
+        "target_modules": modules, "exclude_modules": None, "layers_to_transform": None,
+        "layers_pattern": None, "inference_mode": True,
+    }  # fmt: skip
 
 
 def check_possible(method: str, options: Mapping[str, Any]) -> None:
@@ -217,7 +196,8 @@ def merge_cores(
     return METHODS[method](cores, **options)
 
 
-def _common_shapes(opened: Mapping[str, Factors], modules: list[str]) -> dict[str, tuple[int, int]]:
+def _common_shapes(opened: Mapping[str, Factors]) -> dict[str, tuple[int, int]]:
+    """Module -> (outputs, inputs), of all that any adapter has."""
     shapes: dict[str, tuple[int, int]] = {}
     for name, factors in opened.items():
         for module in factors:
@@ -227,4 +207,4 @@ def _common_shapes(opened: Mapping[str, Factors], modules: list[str]) -> dict[st
                     f"{module}: expert {name} has shape {factors.shape(module)}, another expert "
                     f"{shape}; adapters of one base model are needed"
                 )
-    return {module: shapes[module] for module in modules}
+    return shapes

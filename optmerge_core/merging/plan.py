@@ -1,24 +1,45 @@
-"""What merges of a base model and its experts, decided from headers alone."""
+"""A merge as plain data: what headers say of it, decided and checked before a tensor is read.
+
+`plan_merge` opens base model and experts and passes every check that headers allow. Its result says
+what becomes of each parameter, how the output's shards are laid out, and cuts the work into parts
+that any process can do which sees the same inputs (`merge.merge_part`, `merge.join`).
+"""
 
 from __future__ import annotations
 
-import re
+import hashlib
+import json
+import math
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from optmerge_core.checkpoints.formats import HUB_ID, dtype_name
+from optmerge_core.checkpoints.formats import CheckpointError, dtype_name, read_json
 from optmerge_core.checkpoints.open import open_checkpoint, open_expert
 from optmerge_core.checkpoints.weights import Weights
-from optmerge_core.merging.checks import _notice
-from optmerge_core.merging.families import mergeable, merges
-from optmerge_core.runtime import FLOAT_DTYPES
+from optmerge_core.checkpoints.writer import (
+    CheckpointWriter,
+    check_output,
+    file_names,
+    parse_size,
+    shard_layout,
+)
+from optmerge_core.merging.checks import check_folders, check_request
+from optmerge_core.merging.experts import check_experts, tied_head
+from optmerge_core.merging.families import mergeable
+from optmerge_core.merging.loop import trim_thresholds_over_model
+from optmerge_core.runtime import parse_device, parse_dtype
+from optmerge_core.task_vectors.stack import TaskVectors
 
-HEAD = "lm_head.weight"
-EMBEDDINGS = re.compile(r"(?:embed_tokens|tok_embeddings)\.weight$")
+FORMAT = 1
+MAX_PART_COST = 2e10
+"""Of a part, in min²·max summed over its matrices, to which singular value decompositions are
+proportional; a larger matrix is a part by itself. A 7B model's largest layers have 2.4e11."""
 
 
 @dataclass(frozen=True)
@@ -55,150 +76,6 @@ def open_models(
     return Opened(base, opened, names, tied, model_type)
 
 
-def check_experts(
-    base: Weights, experts: Mapping[str, Weights], names: list[str], model_type: str | None
-) -> list[str]:
-    """The names that merge: `names`, less what only some checkpoints have (scope "all").
-
-    What the family's rule merges must match the base in name and shape, and be unquantised: else
-    one `ValueError` lists it. Any other parameter of `names` keeps the base's value where it does
-    not match, with a warning that names it. Warnings also tell of experts in another dtype, and of
-    parameters outside `names` that differ in name or shape.
-    """
-    ruled = {n for n in names if merges(n, base.shape(n), model_type)}
-    problems = [
-        f"{name}: quantised to {dtype_name(base.dtype(name))} in the base"
-        for name in names
-        if name in ruled and base.dtype(name) not in FLOAT_DTYPES.values()
-    ]
-    notices, agreeing = [], {name for name in names if base.dtype(name) in FLOAT_DTYPES.values()}
-    base_shapes = base.shapes()
-    for expert_name, expert in experts.items():
-        shapes, dropped, outside, dtypes = expert.shapes(), [], [], {}
-        tied = _ties(base) and _ties(expert)
-        for name in sorted({*base_shapes, *shapes}):
-            if tied and name.endswith(HEAD) and name not in agreeing:
-                continue  # the embeddings, saved twice or once
-            match = base_shapes.get(name) == shapes.get(name)
-            usable = match and expert.dtype(name) in FLOAT_DTYPES.values()
-            differs = (
-                f"{name}: expert {expert_name} has {_shape_and_dtype(expert, shapes, name)}, "
-                f"the base {_shape_and_dtype(base, base_shapes, name)}"
-            )
-            new = name not in base_shapes and merges(name, shapes[name], model_type)
-            if (name in ruled or new) and not usable:
-                problems.append(differs)
-            elif name in agreeing and not usable:
-                dropped.append(differs)
-                agreeing.discard(name)
-            elif name in agreeing and expert.dtype(name) != base.dtype(name):
-                dtypes[expert.dtype(name), base.dtype(name)] = None
-            elif not match:
-                outside.append(differs)
-        changed = [name for name in expert.changes or () if name not in agreeing]
-        if changed:
-            notices.append(
-                f"expert {expert_name} adapts {len(changed)} parameters outside the merge; the "
-                f"base's are kept ({changed[0]})"
-            )
-        named = expert.named_base
-        if HUB_ID.fullmatch(named) and named.split("/")[1].lower() not in str(base.folder).lower():
-            notices.append(
-                f"expert {expert_name} says in adapter_config.json that it is an adapter of "
-                f"{named}; it is taken as one of {base.folder}"
-            )
-        renamed = [n for n in base if n in expert and expert.own_name(n) != n]
-        if renamed:
-            ours, theirs = renamed[0], expert.own_name(renamed[0])
-            notices.append(
-                f"expert {expert_name} has other names for {len(renamed)} parameters, taken as the "
-                f"base's ({theirs} for {ours})"
-            )
-        known = _tokens(base_shapes)
-        if _tokens(shapes) > known > 0:
-            notices.append(
-                f"expert {expert_name} has {_tokens(shapes) - known} embeddings more than the "
-                "base, which the merged model lacks: prompt it with the base's tokenizer"
-            )
-        if dtypes:
-            kinds = "; ".join(_dtype_notice(theirs, ours) for theirs, ours in dtypes)
-            notices.append(f"expert {expert_name} is stored in {kinds}")
-        if dropped:
-            notices.append(
-                f"{len(dropped)} parameters keep the base's values: {_some(dropped, '; ')}"
-            )
-        if outside:
-            notices.append(
-                f"{len(outside)} parameters outside the merge differ in name or shape; the base's "
-                f"are kept ({outside[0]})"
-            )
-    if problems:
-        raise ValueError(
-            f"{len(problems)} parameters cannot be merged with the base model {base.folder}:\n  "
-            + _some(problems, "\n  ")
-            + "\nAn expert must be a fine-tuned copy of this base model, saved unquantised: "
-            "correct base_model, save the expert again, or leave it out."
-        )
-    for notice in notices:
-        _notice(notice)
-    return [name for name in names if name in agreeing]
-
-
-def tied_head(base: Weights) -> dict[str, str]:
-    """Head -> embeddings, where config.json ties them and the files hold the same values twice."""
-    heads = [name for name in base if name.endswith(HEAD)]
-    embeddings = [name for name in base if EMBEDDINGS.search(name)]
-    if len(heads) != 1 or len(embeddings) != 1 or not _ties(base):
-        return {}
-    same = torch.equal(base[heads[0]], base[embeddings[0]])
-    return {heads[0]: embeddings[0]} if same else {}
-
-
-def _ties(checkpoint: Weights) -> bool:
-    """Whether the model's head is its embeddings: config.json says so, or says nothing of it."""
-    config = checkpoint.config()
-    texts = [config.get(key) for key in ("text_config", "llm_config")]
-    for part in (config, *(text for text in texts if isinstance(text, dict))):
-        if "tie_word_embeddings" in part:
-            return bool(part["tie_word_embeddings"])
-    return not any(name.endswith(HEAD) for name in checkpoint)
-
-
-def _tokens(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Rows of the embeddings; 0 where no parameter is named as such."""
-    rows = [shape[0] for name, shape in shapes.items() if EMBEDDINGS.search(name) and shape]
-    return rows[0] if len(rows) == 1 else 0
-
-
-def _dtype_notice(theirs: torch.dtype, ours: torch.dtype) -> str:
-    """What an expert's dtype means for its task vector, and for the merged model."""
-    expert, base = torch.finfo(theirs), torch.finfo(ours)
-    if expert.eps > base.eps:
-        return (
-            f"{expert.dtype}, coarser than the base's {base.dtype}: its task vector has rounding "
-            f"noise of up to {50 * expert.eps:.2g} % of each weight; give the base in "
-            f"{expert.dtype} too, or the expert as saved in {base.dtype}"
-        )
-    rounded = (
-        f" (but weights below {expert.tiny:.0e} are rounded)" if expert.tiny > base.tiny else ""
-    )
-    return (
-        f"{expert.dtype}, finer than the base's {base.dtype}{rounded}: the merged model has the "
-        f"base's, which may round small changes away; dtype='float32' keeps them"
-    )
-
-
-def _some(texts: list[str], separator: str, most: int = 20) -> str:
-    more = [f"and {len(texts) - most} more"] if len(texts) > most else []
-    return separator.join(texts[:most] + more)
-
-
-def _shape_and_dtype(checkpoint: Weights, shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
-    if name not in shapes:
-        return "no such parameter"
-    return f"shape {shapes[name]} {dtype_name(checkpoint.dtype(name))}"
-
-
 def names_to_merge(study, base, experts, scope=None):
     """The parameters that `merge` merges by the recipe's scope (or another), in the files' order.
 
@@ -208,3 +85,266 @@ def names_to_merge(study, base, experts, scope=None):
     tied = tied_head(base) if scope == "all" else {}
     names = [name for name in mergeable(base.shapes(), model_type, scope) if name not in tied]
     return check_experts(base, experts, names, model_type)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of parameters that is merged at once, into a file of its own."""
+
+    names: list[str]
+    bytes: int
+    """of the merged tensors, as they are stored"""
+    cost: float
+    """min²·max, summed over the matrices that merge"""
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What a merge will do; see `plan_merge`. All fields but the opened inputs are plain data."""
+
+    output_dir: str
+    method: str
+    method_options: dict[str, Any]
+    scaling_coefficient: float
+    trim: str
+    thresholds: list[float] | None
+    """of each expert over the whole model, for trim="model" """
+    seed: int
+    device: str
+    dtype: str | None
+    family: str | None
+    scope: str
+    model_type: str | None
+    stream: bool
+    overwrite: bool
+    max_shard_size: int
+    base_model: dict[str, Any]
+    """location, as it was given; folder, or None for what is only on a server or in memory;
+    revision; source; files: name -> [bytes, time of the last change, None where a revision or a
+    server pins it]"""
+    experts: dict[str, dict[str, Any]]
+    parameters: dict[str, dict[str, Any]]
+    """name -> shape, dtype as stored, and merged: the name of the parameter whose task vectors are
+    merged for it, its own but for a tied head; None if the base's values are kept"""
+    shards: dict[str, list[str]]
+    """file of the output -> its parameters"""
+    parts: list[Part]
+    format: int = FORMAT
+    _opened: list[Opened] = field(default_factory=list, repr=False, compare=False)
+
+    @cached_property
+    def key(self) -> str:
+        """A hash of the plan: parts of one plan are never taken for another's."""
+        return hashlib.sha256(self._json().encode()).hexdigest()[:16]
+
+    @property
+    def parts_folder(self) -> Path:
+        """`<output>.parts/<key>`, beside the output: what `merge_part` has finished."""
+        output = Path(self.output_dir)
+        return output.with_name(f"{output.name}.parts") / self.key
+
+    def opened(self) -> Opened:
+        """The inputs, opened once a process. `CheckpointError` if they are not the plan's."""
+        if not self._opened:
+            experts = {name: _place(item) for name, item in self.experts.items()}
+            chosen = {"family": self.family, "scope": self.scope, "stream": self.stream}
+            opened = open_models(_place(self.base_model), experts, **chosen)
+            for item, weights in zip(
+                (self.base_model, *self.experts.values()),
+                (opened.base, *opened.experts.values()),
+                strict=True,
+            ):
+                if (found := _files(weights)) != item["files"]:
+                    raise CheckpointError(
+                        f"{item['location']}: its files ({found}) are not those that the merge was "
+                        f"planned for ({item['files']}); plan the merge again"
+                    )
+            self._opened.append(opened)
+        return self._opened[0]
+
+    def save(self, path: str | Path) -> Path:
+        """Write the plan as JSON, for `load_plan` in other processes, on other machines.
+
+        Raises `ValueError` where another process could not do the same: for inputs that are models
+        in memory, and for options that JSON has no word for.
+        """
+        for name, item in {"base_model": self.base_model, **self.experts}.items():
+            if not item["files"]:
+                raise ValueError(
+                    f"{name} is a model in memory, which no other process can read; save it with "
+                    "save_pretrained(...) and give the folder"
+                )
+        try:
+            text = self._json()
+        except TypeError as error:
+            raise ValueError(
+                f"method_options of {self.method}: {error}; a plan in a file has numbers, texts "
+                "and lists alone"
+            ) from error
+        partial = Path(f"{path}.{os.getpid()}.partial")
+        partial.write_text(text, encoding="utf-8")
+        return partial.replace(path)
+
+    def writer(self) -> CheckpointWriter:
+        """Of the output; its shards will be those of the plan."""
+        expected = sum(part.bytes for part in self.parts)
+        options = {"overwrite": self.overwrite, "expected_bytes": expected}
+        return CheckpointWriter(self.output_dir, self.max_shard_size, **options)
+
+    def _json(self) -> str:
+        content = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "_opened"}
+        content["parts"] = [asdict(part) for part in self.parts]
+        return json.dumps(content, indent=1) + "\n"
+
+
+def plan_merge(
+    base_model: str | Path,
+    experts: Mapping[str, Any],
+    output_dir: str | Path,
+    *,
+    method: str = "optmerge",
+    method_options: Mapping[str, Any] | None = None,
+    scaling_coefficient: float = 1.0,
+    device: str = "auto",
+    dtype: str | torch.dtype | None = None,
+    trim: str = "tensor",
+    seed: int = 0,
+    overwrite: bool = False,
+    family: str | None = None,
+    scope: str = "linear",
+    max_shard_size: int | str = "400MB",
+    stream: bool = False,
+    max_part_size: int | str = "256MB",
+) -> MergePlan:
+    """Decide a merge from headers, and check all that they tell, before a tensor is read.
+
+    `base_model` and the values of `experts` (name -> location) are folders or hub ids
+    (`owner/name@revision`), an expert's also a PEFT LoRA adapter's, a model or a state dict in
+    memory. A parameter that merges (see `families.mergeable`; `family` replaces config.json's model
+    type) becomes base + scaling_coefficient * METHODS[method](stack of task vectors), computed in
+    float32 on `device`. All else is the base's, byte for byte. What is stored is in the base's
+    dtype, or in `dtype`. With `scope="all"` every floating-point parameter merges that all experts
+    have in the base's shape, not the language model's linear layers alone. With `trim="model"` the
+    TIES methods trim over the whole model: all task vectors are then read twice, here. With
+    `stream`, inputs may stay on the hub or a web server (URLs). Parts end where they would be
+    larger than `max_part_size` (of merged tensors) or cost more than `MAX_PART_COST`.
+
+    Raises `ValueError` (`CheckpointError` for files); nothing is written.
+    """
+    options, stored = dict(method_options or {}), parse_dtype(dtype)
+    check_request(experts, method, options, scaling_coefficient, trim)
+    check_output(output_dir, overwrite=overwrite)
+    chosen = parse_device(device)
+    opened = open_models(base_model, experts, family=family, scope=scope, stream=stream)
+    check_folders(opened.base, opened.experts, Path(output_dir))
+    layout = _layout(opened, stored, max_shard_size, max_part_size)
+    expected = sum(part.bytes for part in layout["parts"])
+    check_output(output_dir, overwrite=overwrite, expected_bytes=expected)
+    thresholds = None
+    if trim == "model":
+        thresholds = _thresholds(opened, method, options, seed, chosen)
+    return MergePlan(
+        output_dir=str(Path(output_dir).resolve()), method=method, method_options=options,
+        scaling_coefficient=scaling_coefficient, trim=trim, thresholds=thresholds, seed=seed,
+        device=str(device), dtype=stored and dtype_name(stored), family=family, scope=scope,
+        model_type=opened.model_type, stream=stream, overwrite=overwrite,
+        base_model=_described(base_model, opened.base),
+        experts={n: _described(experts[n], weights) for n, weights in opened.experts.items()},
+        _opened=[opened], **layout,
+    )  # fmt: skip
+
+
+def load_plan(path: str | Path) -> MergePlan:
+    """A plan that `MergePlan.save` wrote. Raises `CheckpointError` for anything else."""
+    content = read_json(Path(path))
+    expected = {f.name for f in fields(MergePlan)} - {"_opened"}
+    if content.keys() != expected or content["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path}: not a plan of this version (format {FORMAT}); plan the merge again"
+        )
+    return MergePlan(**content | {"parts": [Part(**part) for part in content["parts"]]})
+
+
+def _layout(
+    opened: Opened, dtype: torch.dtype | None, max_shard_size: int | str, max_part_size: int | str
+) -> dict[str, Any]:
+    """The fields of a plan that say what becomes of each parameter, and where it goes."""
+    merging, parameters = frozenset(opened.names), {}
+    for name in opened.base:
+        own, source = opened.base.dtype(name), opened.tied.get(name, name)
+        parameters[name] = {
+            "shape": list(opened.base.shape(name)),
+            "dtype": dtype_name(dtype if dtype and own.is_floating_point else own),
+            "merged": source if source in merging else None,
+        }
+    sizes = {name: _bytes(**parameter) for name, parameter in parameters.items()}
+    most = parse_size("max_shard_size", max_shard_size)
+    shards = shard_layout(sizes, most)
+    return {
+        "max_shard_size": most,
+        "parameters": parameters,
+        "shards": dict(zip(file_names(len(shards)), shards, strict=True)),
+        "parts": _parts(parameters, sizes, parse_size("max_part_size", max_part_size)),
+    }
+
+
+def _thresholds(
+    opened: Opened, method: str, options: dict[str, Any], seed: int, device: torch.device
+) -> list[float]:
+    """Of trimming over the model. Raises `ValueError` for streams."""
+    remote = [x.source for x in (opened.base, *opened.experts.values()) if x.streamed(())]
+    if remote:
+        raise ValueError(
+            f"trim='model' reads all weights three times, too often for {remote[0]}; download the "
+            "models first (no stream), or use trim='tensor'"
+        )
+    task_vectors = TaskVectors(opened.base, opened.experts, opened.names, device)
+    return trim_thresholds_over_model(task_vectors, method, options, seed).tolist()
+
+
+def _bytes(shape: list[int], dtype: str, merged: str | None) -> int:
+    return math.prod(shape) * getattr(torch, dtype).itemsize
+
+
+def _parts(
+    parameters: Mapping[str, dict[str, Any]], sizes: Mapping[str, int], most: int
+) -> list[Part]:
+    parts: list[Part] = []
+    for name, parameter in parameters.items():
+        cost = 0.0
+        if parameter["merged"] and len(parameter["shape"]) > 1:
+            *stacked, smaller, larger = *parameter["shape"][:-2], *sorted(parameter["shape"][-2:])
+            cost = float(math.prod(stacked) * smaller**2 * larger)
+        size, last = sizes[name], parts[-1] if parts else None
+        if last and last.bytes + size <= most and last.cost + cost <= MAX_PART_COST:
+            parts[-1] = Part([*last.names, name], last.bytes + size, last.cost + cost)
+        else:
+            parts.append(Part([name], size, cost))
+    return parts
+
+
+def _described(location: Any, weights: Weights) -> dict[str, Any]:
+    given = isinstance(location, str | Path)
+    return {
+        "location": str(location) if given else type(location).__name__,
+        "folder": str(weights.folder.resolve()) if given and weights.source == "folder" else None,
+        "revision": weights.revision,
+        "source": weights.source,
+        "files": _files(weights),
+    }
+
+
+def _files(weights: Weights) -> dict[str, list[int | None]]:
+    """File -> [bytes, seconds of its last change]; the latter only of what nothing else pins."""
+    return {
+        name: [size, int((weights.folder / name).stat().st_mtime)]
+        if weights.source == "folder"
+        else [size, None]
+        for name, size in weights.file_sizes().items()
+    }
+
+
+def _place(item: Mapping[str, Any]) -> str:
+    """Where a planned input is opened again: its folder, or its address, pinned."""
+    location = item["folder"] or item["location"]
+    return f"{location.partition('@')[0]}@{item['revision']}" if item["revision"] else location

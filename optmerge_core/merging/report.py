@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,31 +25,35 @@ class MergeReport:
     method: str
     method_options: dict[str, Any]
     scaling_coefficient: float
-    trim: str
-    seed: int
-    device: str
-    dtype: str | None
-    model_type: str | None
     base_model: dict[str, Any]
-    """location, revision (hub commit or None), sha256 of each weight file"""
+    """location, revision (hub commit or None), source, sha256 of each weight file"""
     experts: dict[str, dict[str, Any]]
     """the same for each expert"""
     parameters: list[dict[str, Any]]
     """for each merged parameter: name, shape, merged_norm (Frobenius), expert_norms, and base_norm,
     None where no base model was read"""
-    parameters_kept: int
+    device: str
     seconds: float
     """from the call to the report, with all checks and hashes"""
     peak_memory_bytes: int
     """of the whole process, resident, while it merged"""
     peak_device_memory_bytes: int | None
     """allocated by torch on the CUDA device; None on the CPU"""
-    versions: dict[str, str]
+    parameters_kept: int = 0
+    trim: str = "tensor"
+    seed: int = 0
+    dtype: str | None = None
+    model_type: str | None = None
     family: str | None = None
     """as asked for; None where config.json's model type decided"""
     scope: str = "linear"
+    weights: dict[str, str] = field(default_factory=dict)
+    """weight file of the output -> its SHA-256"""
     added_tokens: dict[str, dict[int, int]] | None = None
     """of an Omni model: modality -> its numbers of tokens that the base lacks -> their new ones"""
+    versions: dict[str, str] = field(
+        default_factory=lambda: {name: version(name) for name in ("torch", "safetensors")}
+    )
 
     def to_json(self) -> str:
         """Indented JSON of all fields; what JSON has no word for is written as text."""
@@ -86,29 +91,29 @@ def _pinned(item: dict[str, Any]) -> str:
     return f"{parse_hub_id(item['location'])[0]}@{item['revision']}"
 
 
-def record_of(
-    name: str, base: Tensor, stack: Tensor, merged: Tensor, expert_names: list[str]
-) -> dict[str, Any]:
-    """What `merge_report.json` says of one merged parameter; stack: (experts, *shape)."""
-    norms = [_norm(x) for x in (merged, *stack)]
-    return _record(name, merged.shape, _norm_in_blocks(base), norms[0], expert_names, norms[1:])
-
-
-def _record(
+def record(
     name: str,
-    shape: torch.Size,
-    base_norm: float,
+    shape: Iterable[int],
+    base_norm: float | None,
     merged_norm: float,
-    expert_names: Iterable[str],
-    expert_norms: list[float],
+    expert_norms: Mapping[str, float],
 ) -> dict[str, Any]:
+    """What `merge_report.json` says of one merged parameter."""
     return {
         "name": name,
         "shape": list(shape),
         "base_norm": base_norm,
         "merged_norm": merged_norm,
-        "expert_norms": dict(zip(expert_names, expert_norms, strict=True)),
+        "expert_norms": dict(expert_norms),
     }
+
+
+def record_of(
+    name: str, base: Tensor, stack: Tensor, merged: Tensor, expert_names: Iterable[str]
+) -> dict[str, Any]:
+    """The same, measured; stack: (experts, *shape)."""
+    norms = dict(zip(expert_names, map(_norm, stack), strict=True))
+    return record(name, merged.shape, _norm_in_blocks(base), _norm(merged), norms)
 
 
 def _norm(tensor: Tensor) -> float:
@@ -126,3 +131,10 @@ def _norm_in_blocks(tensor: Tensor) -> float:
 def describe(location: str | Path, weights: Weights) -> dict[str, Any]:
     """What `merge_report.json` says of an input: where it is, its commit, its files' hashes."""
     return {"location": str(location), **weights.provenance()}
+
+
+def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """config.json of a model stored in another dtype: its dtype entries at any depth replaced."""
+    changed = {key: with_dtype(x, dtype) for key, x in config.items() if isinstance(x, dict)}
+    changed |= dict.fromkeys(config.keys() & {"dtype", "torch_dtype"}, dtype)
+    return config | changed

@@ -23,6 +23,8 @@ from optmerge_core.checkpoints.formats import CheckpointError, read_json
 from optmerge_core.checkpoints.names import EMBEDDINGS, HEAD, language_name
 from optmerge_core.checkpoints.open import open_checkpoint
 from optmerge_core.checkpoints.weights import Renamed
+from optmerge_core.merging.families import mergeable
+from optmerge_core.merging.plan import Opened
 from optmerge_core.omni.model import specialist_class, without_layers
 
 
@@ -103,6 +105,44 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return None
     return AutoTokenizer.from_pretrained(folder)
+
+
+class BaseRows(Renamed):
+    """A specialist's language model with the rows that the base has, without added tokens'."""
+
+    def __init__(self, language_model: LanguageModel, base: LanguageModel):
+        # A specialist without a head of its own has it tied to its embeddings.
+        own = {name: name if name in language_model else EMBEDDINGS for name in base}
+        super().__init__(language_model, own)
+        self.base = base
+
+    def __getitem__(self, name: str) -> Tensor:
+        return super().__getitem__(name)[: self.shape(name)[0]]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.base.shape(name)
+
+
+def open_language_models(
+    base_language_model: str | Path,
+    specialists: Mapping[str, str | Path | PreTrainedModel],
+    *,
+    family: str | None = None,
+    scope: str = "linear",
+) -> tuple[Opened, dict[str, Specialist]]:
+    """The language models, as a base and its experts, and the specialists, both by modality.
+
+    The experts have all of the base's parameters, and no more rows. Raises `CheckpointError` for a
+    specialist that is built on another language model.
+    """
+    base = LanguageModel(open_checkpoint(base_language_model))
+    opened = {modality: open_specialist(source) for modality, source in specialists.items()}
+    for modality, specialist in opened.items():
+        check_language_model(modality, specialist, base)
+    model_type = family or base.config().get("model_type")
+    names = mergeable(base.shapes(), model_type, scope)
+    experts = {modality: BaseRows(s.language_model, base) for modality, s in opened.items()}
+    return Opened(base, experts, names, {}, model_type), opened
 
 
 def check_language_model(modality: str, specialist: Specialist, base: LanguageModel) -> None:

@@ -8,11 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from optmerge_core.checkpoints.open import open_checkpoint
 from optmerge_core.checkpoints.weights import Renamed
 from optmerge_core.merging.checks import TRIMMING, with_preset
-from optmerge_core.merging.families import mergeable
-from optmerge_core.merging.merge import merge_tensors
+from optmerge_core.merging.loop import merge_tensors
 from optmerge_core.merging.plan import Opened, open_models
 from optmerge_core.study.recipe import Recipe
 from optmerge_core.task_vectors.diagnosis import Diagnosis, diagnose
@@ -74,18 +72,13 @@ def open_study(
     check_stream(recipe, stream)
     if recipe.merges == "capabilities":
         return Study(**vars(open_models(*models, stream=stream, **chosen)), recipe=recipe)
-    from optmerge_core.omni import specialists  # slow: transformers and PEFT
+    from optmerge_core.omni.specialists import open_language_models  # slow: transformers and PEFT
 
-    base = specialists.LanguageModel(open_checkpoint(models[0]))
-    model_type = recipe.family or base.config().get("model_type")
-    names = mergeable(base.shapes(), model_type, chosen["scope"])
-    opened = {m: specialists.open_specialist(source) for m, source in models[1].items()}
-    for modality, specialist in opened.items():
-        specialists.check_language_model(modality, specialist, base)
+    opened, specialists = open_language_models(*models, **chosen)
     # Of all else `compose` takes the mean: it is not what experts changed and a merge would drop.
-    merging = {name: name for name in names}
-    languages = {m: Renamed(s.language_model, merging) for m, s in opened.items()}
-    return Study(base, languages, names, {}, model_type, recipe, opened)
+    merging = {name: name for name in opened.names}
+    languages = {m: Renamed(language, merging) for m, language in opened.experts.items()}
+    return Study(**vars(opened) | {"experts": languages}, recipe=recipe, specialists=specialists)
 
 
 def check_stream(recipe: Recipe, stream: bool) -> None:

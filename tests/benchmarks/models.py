@@ -136,7 +136,7 @@ merge(folder / "base", experts, folder / "ours", method=sys.argv[2],
 ADAPTERS = """
 import sys
 from pathlib import Path
-from optmerge_core.merge_adapters import merge_adapters
+from optmerge_core import merge_adapters
 ---
 folder = Path(sys.argv[1])
 experts = {f.name: f for f in sorted(folder.glob("expert*"))}

@@ -15,7 +15,7 @@ from optmerge_core.checkpoints.adapters import Adapter, Factors, parameter_of
 from optmerge_core.checkpoints.formats import CheckpointError
 from optmerge_core.checkpoints.open import open_expert
 from optmerge_core.merging.families import mergeable
-from optmerge_core.merging.merge import merge_tensors
+from optmerge_core.merging.loop import merge_tensors
 from optmerge_core.merging.merge_adapters import merge_cores, merge_factors
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

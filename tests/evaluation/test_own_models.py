@@ -36,7 +36,7 @@ from optmerge_core.evaluation.chat import load_processor
 from optmerge_core.evaluation.evaluator import Evaluator, load_model
 from optmerge_core.evaluation.questions import load_split
 from optmerge_core.evaluation.selection import MergedTaskVectors
-from optmerge_core.merging.merge import merge_tensors
+from optmerge_core.merging.loop import merge_tensors
 from optmerge_core.merging.plan import names_to_merge
 
 QUESTIONS = Path("data/benchmark/questions").resolve()

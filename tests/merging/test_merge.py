@@ -13,7 +13,8 @@ from optmerge_core.checkpoints.formats import CheckpointError
 from optmerge_core.checkpoints.open import open_checkpoint
 from optmerge_core.checkpoints.writer import CheckpointWriter
 from optmerge_core.merging.families import mergeable
-from optmerge_core.merging.merge import merge, merge_tensors
+from optmerge_core.merging.loop import merge_tensors
+from optmerge_core.merging.merge import merge
 from optmerge_core.methods.dare import dare
 from optmerge_core.methods.registry import METHODS
 from optmerge_core.study.recipe import load_recipe
@@ -332,7 +333,7 @@ def test_same_folder_twice_is_a_notice(tiny, tmp_path):
 
 def test_package_exports():
     assert set(optmerge_core.__all__) == {
-        "METHODS", "__version__", "load_recipe", "merge", "merge_adapters", "open_checkpoint",
-        "open_expert",
+        "METHODS", "MergePlan", "__version__", "join", "load_plan", "load_recipe", "merge",
+        "merge_adapters", "merge_part", "open_checkpoint", "open_expert", "plan_merge",
     }  # fmt: skip
     assert optmerge_core.merge is merge and optmerge_core.__version__ == "0.1.0"

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from transformers import (
 
 from optmerge_core.checkpoints.names import language_name
 from optmerge_core.merging.families import mergeable
-from optmerge_core.merging.merge import merge_tensors
+from optmerge_core.merging.loop import merge_tensors
 from optmerge_core.omni import OmniForConditionalGeneration, compose
 from optmerge_core.omni.specialists import open_specialist
 
@@ -350,3 +351,79 @@ def test_inputs_that_do_not_fit_are_refused(family, omni):
     with pytest.raises(ValueError, match=r"audio: the prompt has 4 tokens and becomes 13 long"):
         one = torch.tensor([[1, 5, WORDS + 1, 9]])
         model(input_ids=one, modality_inputs={"audio": family.inputs["audio"]})
+
+
+def composed(models, folder, **arguments) -> dict[str, torch.Tensor]:
+    compose(models.base, models.folders, folder, **arguments)
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("options", [{"steps": 300}, {"learning_rate": 0.05}, {"momentum": 0.9}])
+def test_an_option_keeps_the_preset_it_stands_beside(family, omni, tmp_path, options):
+    """These are the preset `modality`'s own values: nothing changes."""
+    composed(family, tmp_path / "out", method_options=options)
+    ours, default = (f / "model.safetensors" for f in (tmp_path / "out", omni))
+    assert ours.read_bytes() == default.read_bytes()
+    report = json.loads((tmp_path / "out/merge_report.json").read_text())
+    assert report["method_options"] == {"preset": "modality"} | options
+    full = composed(family, tmp_path / "full", method_options={"preset": "full"})
+    assert not all(torch.equal(full[n], t) for n, t in load_file(default).items())
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties"])
+def test_trimming_over_the_whole_language_model(family, tmp_path, method):
+    specialists = {m: open_specialist(f).language_model for m, f in family.folders.items()}
+    base = load_file(Path(family.base, "model.safetensors"))
+    names = mergeable({n: tuple(t.shape) for n, t in base.items()}, "llama")
+    expected = {
+        trim: merge_tensors(base, specialists, names, method=method, trim=trim, seed=5)
+        for trim in ("model", "tensor")
+    }
+    assert any(not torch.equal(expected["model"][n], expected["tensor"][n]) for n in names)
+    found = composed(family, tmp_path / "out", method=method, trim="model", seed=5)
+    for name in names:
+        assert torch.equal(found[f"language_{name}"], base[name] + expected["model"][name])
+    again = (tmp_path / "out/README.md").read_text()
+    assert "trim='model'," in again and "seed=5," in again
+
+
+def test_another_dtype_is_that_of_everything(family, tmp_path):
+    found = composed(family, tmp_path / "out", method="ties", dtype="float16")
+    assert {t.dtype for t in found.values() if t.is_floating_point()} == {torch.float16}
+    exact = composed(family, tmp_path / "exact", method="ties")
+    assert all(torch.equal(t, exact[n].to(t.dtype)) for n, t in found.items())
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["dtype"] == config["text_config"]["dtype"] == "float16"
+    model = OmniForConditionalGeneration.from_pretrained(tmp_path / "out", dtype="auto")
+    assert model.dtype == torch.float16
+
+
+def test_the_whole_language_model_merges_by_the_method(family, tmp_path):
+    base, name = load_file(Path(family.base, "model.safetensors")), "model.norm.weight"
+    folders, change = {}, torch.linspace(0, 1, len(base[name]))
+    for times, (modality, folder) in enumerate(family.folders.items(), 1):
+        folders[modality] = shutil.copytree(folder, tmp_path / modality)
+        tensors = load_file(folders[modality] / "model.safetensors")
+        own = next(n for n in tensors if language_name(n) == name)
+        tensors[own] += times * change
+        save_file(tensors, folders[modality] / "model.safetensors", {"format": "pt"})
+    models = SimpleNamespace(base=family.base, folders=folders)
+    found = composed(models, tmp_path / "out", method="task_arithmetic", scope="all")
+    linear = composed(models, tmp_path / "linear", method="task_arithmetic")
+    torch.testing.assert_close(found["language_" + name], base[name] + 6 * change)
+    torch.testing.assert_close(linear["language_" + name], base[name] + 2 * change)
+    report = json.loads((tmp_path / "out/merge_report.json").read_text())
+    assert report["scope"] == "all" and len(report["parameters"]) == len(base)
+    assert report["parameters_kept"] == 0
+
+
+def test_the_family_says_what_merges(family, tmp_path, monkeypatch):
+    from optmerge_core.merging import families
+
+    rule = r"model\.layers\.\d+\.mlp\..+\.weight"
+    monkeypatch.setitem(families.FAMILIES, "only_mlp", rule)
+    composed(family, tmp_path / "out", method="ties", family="only_mlp")
+    report = json.loads((tmp_path / "out/merge_report.json").read_text())
+    assert report["family"] == report["model_type"] == "only_mlp"
+    assert len(report["parameters"]) == 6
+    assert all(re.fullmatch(rule, record["name"]) for record in report["parameters"])

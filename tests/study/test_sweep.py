@@ -9,7 +9,7 @@ import yaml
 from optmerge_core import load_recipe, open_checkpoint
 from optmerge_core.__main__ import main
 from optmerge_core.merging.families import mergeable
-from optmerge_core.merging.merge import merge_tensors
+from optmerge_core.merging.loop import merge_tensors
 from optmerge_core.study.sweep import parse_axes, points, sweep
 
 RECIPES = Path(__file__).resolve().parents[2] / "data" / "recipes"

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optmerge_core.checkpoints.open import open_checkpoint
-from optmerge_core.merging.merge import model_thresholds
+from optmerge_core.merging.loop import model_thresholds
 from optmerge_core.methods.ties import trim_thresholds
 from optmerge_core.task_vectors.stack import TaskVectors, apply, derive_seed
 

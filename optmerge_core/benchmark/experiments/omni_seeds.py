@@ -22,7 +22,7 @@ from optmerge_core.benchmark.experiments.seeds import OTHERS, SHIPPED_SEED
 from optmerge_core.checkpoints.open import open_checkpoint
 from optmerge_core.evaluation.selection import best_scaling, search_scaling
 from optmerge_core.merging.families import mergeable
-from optmerge_core.merging.merge import merge_tensors
+from optmerge_core.merging.loop import merge_tensors
 from optmerge_core.methods.registry import METHODS
 from optmerge_core.omni import compose
 from optmerge_core.omni.online import TEXT, online_weights, route

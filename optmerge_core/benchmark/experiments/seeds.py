@@ -20,7 +20,7 @@ from optmerge_core.evaluation.metrics import accuracy
 from optmerge_core.evaluation.questions import load_split
 from optmerge_core.evaluation.selection import best_scaling, search_scaling
 from optmerge_core.merging.families import mergeable
-from optmerge_core.merging.merge import merge_tensors
+from optmerge_core.merging.loop import merge_tensors
 from optmerge_core.methods.registry import METHODS
 from optmerge_core.study.recipe import load_recipe
 

@@ -19,7 +19,7 @@ from optmerge_core.checkpoints.open import open_checkpoint, open_expert
 from optmerge_core.evaluation.metrics import accuracy
 from optmerge_core.evaluation.questions import load_split
 from optmerge_core.merging.families import mergeable
-from optmerge_core.merging.merge import merge_tensors
+from optmerge_core.merging.loop import merge_tensors
 from optmerge_core.study.recipe import load_recipe
 
 MERGES = {  # column -> method, scaling coefficient (None: the recipe's)

@@ -1,0 +1,194 @@
+"""Whether experts fit their base model: names, shapes and dtypes, all from headers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from optmerge_core.checkpoints.formats import HUB_ID, dtype_name
+from optmerge_core.checkpoints.weights import Weights
+from optmerge_core.merging.checks import notice
+from optmerge_core.merging.families import merges
+from optmerge_core.runtime import FLOAT_DTYPES
+
+HEAD = "lm_head.weight"
+EMBEDDINGS = re.compile(r"(?:embed_tokens|tok_embeddings)\.weight$")
+
+
+@dataclass
+class _Difference:
+    """Where one expert is not like the base: a text for each parameter, in three degrees."""
+
+    problems: list[str] = field(default_factory=list)
+    """what the family's rule merges and cannot"""
+    kept: dict[str, str] = field(default_factory=dict)
+    """what would merge by scope "all": the base's is kept"""
+    outside: list[str] = field(default_factory=list)
+    dtypes: dict[tuple[torch.dtype, torch.dtype], None] = field(default_factory=dict)
+    """(the expert's, the base's), of what merges"""
+
+
+def check_experts(
+    base: Weights, experts: Mapping[str, Weights], names: list[str], model_type: str | None
+) -> list[str]:
+    """The names that merge: `names`, less what only some checkpoints have (scope "all").
+
+    What the family's rule merges must match the base in name and shape, and be unquantised: else
+    one `ValueError` lists it. Any other parameter of `names` keeps the base's value where it does
+    not match, with a warning that names it. Warnings also tell of experts in another dtype, and of
+    parameters outside `names` that differ in name or shape.
+    """
+    ruled = {n for n in names if merges(n, base.shape(n), model_type)}
+    agreeing = {name for name in names if base.dtype(name) in FLOAT_DTYPES.values()}
+    problems = [
+        f"{name}: quantised to {dtype_name(base.dtype(name))} in the base"
+        for name in names
+        if name in ruled and name not in agreeing
+    ]
+    notices = []
+    for name, expert in experts.items():
+        found = _compare(base, name, expert, ruled, agreeing, model_type)
+        problems += found.problems
+        agreeing -= found.kept.keys()
+        notices += _notices(base, name, expert, agreeing, found)
+    if problems:
+        raise ValueError(
+            f"{len(problems)} parameters cannot be merged with the base model {base.folder}:\n  "
+            + _some(problems, "\n  ")
+            + "\nAn expert must be a fine-tuned copy of this base model, saved unquantised: "
+            "correct base_model, save the expert again, or leave it out."
+        )
+    for text in notices:
+        notice(text)
+    return [name for name in names if name in agreeing]
+
+
+def _compare(
+    base: Weights,
+    expert_name: str,
+    expert: Weights,
+    ruled: set[str],
+    agreeing: set[str],
+    model_type: str | None,
+) -> _Difference:
+    found, ours, theirs = _Difference(), base.shapes(), expert.shapes()
+    tied = _ties(base) and _ties(expert)
+    for name in sorted({*ours, *theirs}):
+        if tied and name.endswith(HEAD) and name not in agreeing:
+            continue  # the embeddings, saved twice or once
+        match = ours.get(name) == theirs.get(name)
+        usable = match and expert.dtype(name) in FLOAT_DTYPES.values()
+        differs = (
+            f"{name}: expert {expert_name} has {_shape_and_dtype(expert, name)}, "
+            f"the base {_shape_and_dtype(base, name)}"
+        )
+        new = name not in ours and merges(name, theirs[name], model_type)
+        if (name in ruled or new) and not usable:
+            found.problems.append(differs)
+        elif name in agreeing and not usable:
+            found.kept[name] = differs
+        elif name in agreeing and expert.dtype(name) != base.dtype(name):
+            found.dtypes[expert.dtype(name), base.dtype(name)] = None
+        elif not match:
+            found.outside.append(differs)
+    return found
+
+
+def _notices(
+    base: Weights, name: str, expert: Weights, agreeing: set[str], found: _Difference
+) -> list[str]:
+    """What is not refused, but worth a remark."""
+    notices = []
+    if outside := [own for own in expert.changes or () if own not in agreeing]:
+        notices.append(
+            f"expert {name} adapts {len(outside)} parameters outside the merge; the base's are "
+            f"kept ({outside[0]})"
+        )
+    named = expert.named_base
+    if HUB_ID.fullmatch(named) and named.split("/")[1].lower() not in str(base.folder).lower():
+        notices.append(
+            f"expert {name} says in adapter_config.json that it is an adapter of {named}; it is "
+            f"taken as one of {base.folder}"
+        )
+    if renamed := [own for own in base if own in expert and expert.own_name(own) != own]:
+        notices.append(
+            f"expert {name} has other names for {len(renamed)} parameters, taken as the base's "
+            f"({expert.own_name(renamed[0])} for {renamed[0]})"
+        )
+    known, rows = _tokens(base), _tokens(expert)
+    if rows > known > 0:
+        notices.append(
+            f"expert {name} has {rows - known} embeddings more than the base, which the merged "
+            "model lacks: prompt it with the base's tokenizer"
+        )
+    if found.dtypes:
+        kinds = "; ".join(_dtype_notice(theirs, ours) for theirs, ours in found.dtypes)
+        notices.append(f"expert {name} is stored in {kinds}")
+    if found.kept:
+        kept = _some(list(found.kept.values()), "; ")
+        notices.append(f"{len(found.kept)} parameters keep the base's values: {kept}")
+    if found.outside:
+        notices.append(
+            f"{len(found.outside)} parameters outside the merge differ in name or shape; the "
+            f"base's are kept ({found.outside[0]})"
+        )
+    return notices
+
+
+def tied_head(base: Weights) -> dict[str, str]:
+    """Head -> embeddings, where config.json ties them and the files hold the same values twice."""
+    heads = [name for name in base if name.endswith(HEAD)]
+    embeddings = [name for name in base if EMBEDDINGS.search(name)]
+    if len(heads) != 1 or len(embeddings) != 1 or not _ties(base):
+        return {}
+    same = torch.equal(base[heads[0]], base[embeddings[0]])
+    return {heads[0]: embeddings[0]} if same else {}
+
+
+def _ties(weights: Weights) -> bool:
+    """Whether the model's head is its embeddings: config.json says so, or says nothing of it."""
+    config = weights.config()
+    texts = [config.get(key) for key in ("text_config", "llm_config")]
+    for part in (config, *(text for text in texts if isinstance(text, dict))):
+        if "tie_word_embeddings" in part:
+            return bool(part["tie_word_embeddings"])
+    return not any(name.endswith(HEAD) for name in weights)
+
+
+def _tokens(weights: Weights) -> int:
+    """Rows of the embeddings; 0 where no parameter is named as such."""
+    shapes = weights.shapes().items()
+    rows = [shape[0] for name, shape in shapes if EMBEDDINGS.search(name) and shape]
+    return rows[0] if len(rows) == 1 else 0
+
+
+def _dtype_notice(theirs: torch.dtype, ours: torch.dtype) -> str:
+    """What an expert's dtype means for its task vector, and for the merged model."""
+    expert, base = torch.finfo(theirs), torch.finfo(ours)
+    if expert.eps > base.eps:
+        return (
+            f"{expert.dtype}, coarser than the base's {base.dtype}: its task vector has rounding "
+            f"noise of up to {50 * expert.eps:.2g} % of each weight; give the base in "
+            f"{expert.dtype} too, or the expert as saved in {base.dtype}"
+        )
+    rounded = (
+        f" (but weights below {expert.tiny:.0e} are rounded)" if expert.tiny > base.tiny else ""
+    )
+    return (
+        f"{expert.dtype}, finer than the base's {base.dtype}{rounded}: the merged model has the "
+        f"base's, which may round small changes away; dtype='float32' keeps them"
+    )
+
+
+def _some(texts: list[str], separator: str, most: int = 20) -> str:
+    more = [f"and {len(texts) - most} more"] if len(texts) > most else []
+    return separator.join(texts[:most] + more)
+
+
+def _shape_and_dtype(weights: Weights, name: str) -> str:
+    if name not in weights:
+        return "no such parameter"
+    return f"shape {weights.shape(name)} {dtype_name(weights.dtype(name))}"

@@ -1,0 +1,250 @@
+"""The one loop: read a parameter of all experts, stack, merge, add to the base; then the next.
+
+The only place where files (`checkpoints`) and mathematics (`methods`) meet.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from optmerge_core.checkpoints.weights import Weights
+from optmerge_core.merging.checks import (
+    NotFinite,
+    check_finite,
+    check_finite_tensor,
+    check_in_range,
+    check_request,
+    not_finite,
+)
+from optmerge_core.merging.report import record, record_of
+from optmerge_core.methods.blocks import Blocks
+from optmerge_core.methods.dare import dare
+from optmerge_core.methods.registry import METHODS, merge_blocks, merges_in_blocks
+from optmerge_core.runtime import in_order, parse_device
+from optmerge_core.task_vectors.stack import Part, TaskVectors, apply, derive_seed, pinned
+
+Merged = tuple[str, Tensor, dict[str, Any] | None]
+"""A parameter of the output: name, value as stored, the report's record if it was merged."""
+
+
+class ParameterMerger:
+    """What `results` gives for some parameters of the base, the same bits on any number of threads.
+
+    sources: name -> the parameter whose task vectors are merged for it, for those that merge;
+    dtypes: name -> the dtype to store. `thresholds` (experts,) are of trimming over the model. Of
+    the `averaged` the experts' mean is taken, by no method, without scaling and record.
+    """
+
+    def __init__(
+        self,
+        base: Weights,
+        experts: Mapping[str, Weights],
+        sources: Mapping[str, str],
+        dtypes: Mapping[str, torch.dtype],
+        *,
+        method: str,
+        options: Mapping[str, Any],
+        scaling_coefficient: float,
+        seed: int,
+        device: torch.device,
+        thresholds: Tensor | None = None,
+        averaged: Collection[str] = (),
+    ):
+        self.base, self.experts, self.sources, self.dtypes = base, experts, sources, dtypes
+        self.scaling_coefficient, self.device, self.averaged = scaling_coefficient, device, averaged
+        self.task_vectors = TaskVectors(base, experts, dict.fromkeys(sources.values()), device)
+        trim = "tensor" if thresholds is None else "model"
+        self.in_blocks = device.type == "cpu" and merges_in_blocks(method, options, trim)
+        self.merge = parameter_merger(self.task_vectors, method, options, seed, trim, thresholds)
+
+    def results(self, names: Iterable[str]) -> Iterator[Merged]:
+        """Each parameter's result, in their order. Raises `NotFinite` for NaN and Inf in an input.
+
+        Where inputs can be read again, the error lists all that these parameters have.
+        """
+        names = list(names)
+        try:
+            if self.device.type == "cuda":  # the next parameters are read while it computes
+                loaded = in_order(self._load, names, self.device, self._memory)
+                yield from in_order(lambda read: self._result(*read), loaded, self.device)
+            else:
+                work = in_order(lambda n: self._result(*self._load(n)), names, "cpu", self._memory)
+                yield from work
+        except NotFinite:
+            if not any(x.streamed(()) for x in (self.base, *self.experts.values())):
+                check_finite(self.base, self.experts, names, self.sources)
+            raise
+
+    def _load(self, name: str) -> tuple[str, Tensor, list[Part] | None]:
+        tensor, source = pinned(self.base[name], self.device), self.sources.get(name)
+        whole = source is not None and (not self.in_blocks or name in self.averaged)
+        return name, tensor, self.task_vectors.read(source, tensor) if whole else None
+
+    def _result(self, name: str, tensor: Tensor, parts: list[Part] | None) -> Merged:
+        made, source, dtype = None, self.sources.get(name), self.dtypes[name]
+        check_finite_tensor(name, "the base", tensor)
+        if source is not None and self.in_blocks and name not in self.averaged:
+            tensor, made = self._in_blocks(name, tensor, source)
+        elif source is not None:
+            stack = self.task_vectors.stack(source, tensor, parts)
+            if not_finite(stack):
+                self._check_experts(source)
+            if name in self.averaged:
+                tensor = apply(tensor, stack.mean(dim=0), 1.0, dtype)
+            else:
+                _, merged = self.merge(source, stack)
+                made = record_of(name, tensor, stack, merged, self.experts)
+                tensor = apply(tensor, merged, self.scaling_coefficient, dtype)
+        return name, check_in_range(name, tensor.to("cpu", dtype)), made
+
+    def _in_blocks(self, name: str, tensor: Tensor, source: str) -> tuple[Tensor, dict[str, Any]]:
+        """The same values, with no more of the task vectors in memory than a block."""
+        dtype = self.dtypes[name]
+        _, results = self.merge(source, self.task_vectors.blocks(source, tensor))
+        weights, changed = tensor.flatten(), torch.empty(tensor.numel(), dtype=dtype)
+        squares = torch.zeros(2 + len(self.experts), dtype=torch.float64)
+        for entries, block, merged in results:
+            own = weights[entries]
+            changed[entries] = apply(own, merged, self.scaling_coefficient, dtype)
+            squares[1] += torch.linalg.vector_norm(merged).double().square()
+            if block is not None:
+                squares[0] += torch.linalg.vector_norm(own.float()).double().square()
+                squares[2:] += torch.linalg.vector_norm(block, dim=1).double().square()
+        if not_finite(squares):
+            self._check_experts(source)
+        base_norm, merged_norm, *norms = squares.sqrt().tolist()
+        expert_norms = dict(zip(self.experts, norms, strict=True))
+        made = record(name, tensor.shape, base_norm, merged_norm, expert_norms)
+        return changed.view(tensor.shape), made
+
+    def _check_experts(self, source: str) -> None:
+        """Whose NaN or Inf it is, or nobody's: then finite numbers overflow, which shows later."""
+        for name, expert in self.experts.items():
+            check_finite_tensor(source, f"expert {name}", expert[source])
+
+    def _memory(self, name: str) -> int:
+        """Bytes that a parameter takes at most while it is merged: some ten stacks in float32."""
+        stacks = 1 if self.in_blocks else 10 * len(self.experts)
+        return 4 * stacks * math.prod(self.base.shape(name)) if name in self.sources else 0
+
+
+def merge_tensors(
+    base: Mapping[str, Tensor],
+    experts: Mapping[str, Mapping[str, Tensor]],
+    names: Iterable[str],
+    *,
+    method: str = "optmerge",
+    method_options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    trim: str = "tensor",
+) -> dict[str, Tensor]:
+    """Merged task vectors, name -> (*shape) float32 on the CPU, by the loop body of `merge`.
+
+    For trying many scaling coefficients in memory: the merged model has `task_vectors.apply(
+    base[name], merged[name], scaling_coefficient)` for these names, the base's values elsewhere.
+    Raises `ValueError` as `merge` does for methods, options and shapes.
+    """
+    options = dict(method_options or {})
+    check_request(experts, method, options, 1.0, trim)
+    device = parse_device(device)
+    task_vectors = TaskVectors(base, experts, names, device)
+    merge_parameter = parameter_merger(task_vectors, method, options, seed, trim)
+    results = in_order(lambda name: merge_parameter(name)[1].cpu(), task_vectors, device)
+    progress = tqdm(task_vectors, desc=f"merging ({method})", unit="parameter", leave=False)
+    return dict(zip(progress, results, strict=True))
+
+
+def parameter_merger(
+    task_vectors: TaskVectors,
+    method: str,
+    options: Mapping[str, Any],
+    seed: int,
+    trim: str,
+    thresholds: Tensor | None = None,
+) -> Callable[..., tuple[Any, Any]]:
+    """The loop body: name -> (stack (experts, *shape), merged task vector (*shape)).
+
+    Its second argument is the stack, where the caller has it already, or the same as `Blocks`: then
+    the second result is what `merge_blocks` gives. `thresholds`, of trim="model", are computed here
+    unless given.
+    """
+    if trim == "model":
+        if thresholds is None:
+            thresholds = trim_thresholds_over_model(task_vectors, method, options, seed)
+        options = {**options, "thresholds": thresholds.to(task_vectors.device)}
+
+    def merge_parameter(name: str, stack: Tensor | Blocks | None = None) -> tuple[Any, Any]:
+        stack = task_vectors[name] if stack is None else stack
+        if isinstance(stack, Blocks):
+            return stack, merge_blocks(method, stack, **options)
+        return stack, METHODS[method](stack, **options, **_random(task_vectors, method, seed, name))
+
+    return merge_parameter
+
+
+def _random(task_vectors: TaskVectors, method: str, seed: int, name: str) -> dict[str, Any]:
+    """DARE's generators; on the CPU on every device, so that the same entries drop anywhere."""
+    if not method.startswith("dare_"):
+        return {}
+    seeds = [derive_seed(seed, name, expert) for expert in task_vectors.expert_names]
+    return {"generator": [torch.Generator().manual_seed(value) for value in seeds]}
+
+
+def trim_thresholds_over_model(
+    task_vectors: TaskVectors, method: str, options: Mapping[str, Any], seed: int
+) -> Tensor:
+    """The magnitude each expert's entries must reach, over all names of `task_vectors`: (experts,).
+
+    Reads all of them twice. For "ties" and "dare_ties", there after dropping.
+    """
+    parameters = inspect.signature(METHODS[method]).parameters.values()
+    settings = {parameter.name: parameter.default for parameter in parameters} | dict(options)
+
+    def before_trimming(name: str) -> Tensor:
+        stack, random = task_vectors[name], _random(task_vectors, method, seed, name)
+        return dare(stack, settings["drop_rate"], **random) if random else stack
+
+    density, device = settings["density"], task_vectors.device
+    return model_thresholds(before_trimming, task_vectors, density, device)
+
+
+def model_thresholds(
+    stack_of: Callable[[str], Tensor], names: Iterable[str], density: float, device: str = "cpu"
+) -> Tensor:
+    """The k-th smallest magnitude of each expert over a whole model, k = int((1 - density) size).
+
+    `stack_of(name)` is the float32 stack (experts, *shape) of a parameter; each is asked for twice.
+    Exact, in memory that does not grow with the model: the bits of a non-negative float32 sort like
+    the number, so a histogram of their upper halves finds the threshold's upper half, and a second
+    one, of the lower halves below that upper half, finds the rest. Returns (experts,), 0 for k = 0.
+    """
+
+    def histograms(half: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """Counts (experts, 65536) of the 16 bits that `half` takes of an expert's magnitudes."""
+
+        def count(name: str) -> Tensor:
+            rows = stack_of(name).flatten(1).abs().view(torch.int32)
+            halves = [torch.bincount(half(row, i), minlength=1 << 16) for i, row in enumerate(rows)]
+            return torch.stack(halves).cpu()
+
+        progress = tqdm(list(names), desc="trimming", unit="parameter", leave=False)
+        return sum(in_order(count, progress, device))
+
+    upper = histograms(lambda bits, expert: bits >> 16)
+    k = int((1 - density) * int(upper[0].sum()))
+    if k == 0:
+        return torch.zeros(len(upper))
+    cumulative = upper.cumsum(1)
+    halves = (cumulative < k).sum(1)
+    below = (cumulative - upper).gather(1, halves[:, None])
+    lower = histograms(lambda bits, expert: bits[bits >> 16 == halves[expert].item()] & 0xFFFF)
+    rest = (lower.cumsum(1) < k - below).sum(1)
+    return (halves << 16 | rest).to(torch.int32).view(torch.float32)
