@@ -31,5 +31,5 @@ def task_arithmetic(task_vectors: Tensor, *, weights: Weights = None) -> Tensor:
 def _weighted_sum(task_vectors: Tensor, weights: Weights) -> Tensor:
     if weights is None:
         return task_vectors.sum(dim=0)
-    weights = task_vectors.new_tensor(per_expert("weights", weights, len(task_vectors)))
-    return torch.tensordot(weights, task_vectors, dims=1)
+    factors = task_vectors.new_tensor(per_expert("weights", weights, len(task_vectors)))
+    return torch.tensordot(factors, task_vectors, dims=1)

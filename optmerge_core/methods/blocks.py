@@ -5,7 +5,7 @@ in its own dtype, and only a block of it is in float32 at any moment.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ SAMPLE = 1 << 16
 """Entries of each expert that a threshold is guessed from, before it is found."""
 
 
-class Blocks(Sequence[Tensor]):
+class Blocks(Iterable[Tensor]):
     """A parameter's task vectors as blocks (experts, at most `size`), made when they are asked for.
 
     read: slice of the parameter's entries, in their order in memory -> (experts, entries) float32.
@@ -33,17 +33,13 @@ class Blocks(Sequence[Tensor]):
         flat = task_vectors.flatten(1)
         return cls(lambda entries: flat[:, entries], flat.shape[1], size)
 
-    def __len__(self) -> int:
-        return math.ceil(self.entries / self.size)
+    def places(self) -> Iterator[slice]:
+        """The entries of one block after the other."""
+        for start in range(0, self.entries, self.size):
+            yield slice(start, min(start + self.size, self.entries))
 
-    def __getitem__(self, number: int) -> Tensor:
-        return self.read(self.place(number))
-
-    def place(self, number: int) -> slice:
-        """The entries of a block. Raises `IndexError` after the last."""
-        if number >= len(self):
-            raise IndexError(number)
-        return slice(number * self.size, min((number + 1) * self.size, self.entries))
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self.read(place) for place in self.places())
 
 
 def kth_smallest(blocks: Blocks, k: Sequence[int]) -> Tensor:
@@ -57,9 +53,14 @@ def kth_smallest(blocks: Blocks, k: Sequence[int]) -> Tensor:
     if not blocks.entries:
         return torch.zeros(len(k))
     stride = max(1, blocks.entries // SAMPLE) | 1  # odd, as rows are seldom
-    sample = blocks.read(slice(0, blocks.entries, stride)).abs().numpy()
-    ends = [_bracket(row, rank / blocks.entries) for row, rank in zip(sample, k, strict=True)]
-    below, upto, inside = [0] * len(k), [0] * len(k), [[] for _ in k]
+    sample = blocks.read(slice(0, blocks.entries, stride)).abs()
+    if sample.is_cuda:
+        whole = blocks.read(slice(0, blocks.entries)).abs()
+        return torch.stack([row.kthvalue(n).values for row, n in zip(whole, k, strict=True)])
+    drawn = sample.numpy()
+    ends = [_bracket(row, rank / blocks.entries) for row, rank in zip(drawn, k, strict=True)]
+    below, upto = np.zeros((2, len(k)), int)
+    inside: list[list[np.ndarray]] = [[] for _ in k]
     for block in blocks:
         for expert, row in enumerate(block.abs().numpy()):  # numpy compares faster than torch
             least, most = ends[expert]
@@ -70,7 +71,7 @@ def kth_smallest(blocks: Blocks, k: Sequence[int]) -> Tensor:
                 inside[expert].append(row[~(small | large)])
     values = []
     for expert, rank in enumerate(k):
-        found, place = np.full(1, ends[expert][0], sample.dtype), 0
+        found, place = np.array([ends[expert][0]], drawn.dtype), 0
         if not below[expert] < rank <= upto[expert]:
             found, place = torch.cat([x[expert].abs() for x in blocks]).numpy(), rank - 1
         elif inside[expert]:

@@ -39,11 +39,11 @@ def merge_blocks(
     with checked options.
     """
     if method == "ties":
-        return ties_blocks(blocks, **options)
-    return (
-        (blocks.place(number), block, METHODS[method](block, **options))
-        for number, block in enumerate(blocks)
-    )
+        yield from ties_blocks(blocks, **options)
+        return
+    for entries in blocks.places():
+        block = blocks.read(entries)
+        yield entries, block, METHODS[method](block, **options)
 
 
 class _Methods(dict):

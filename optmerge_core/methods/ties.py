@@ -33,30 +33,35 @@ def ties_blocks(
     """
     if thresholds is None:
         thresholds = trim_thresholds(blocks, density)
+    factors = None
     if weights is not None:
-        weights = thresholds.new_tensor(per_expert("weights", weights, len(thresholds)))[:, None]
+        factors = thresholds.new_tensor(per_expert("weights", weights, len(thresholds)))[:, None]
     # hardshrink keeps what is larger than its limit, in a fifth of the time that masks take.
     limits = thresholds.nextafter(thresholds.new_zeros(())).tolist()
-    balance, drawn = thresholds.new_zeros(()), {}
+    balance, drawn = thresholds.new_zeros(()), []
 
     def trimmed(block: Tensor) -> Tensor:
         kept = [hardshrink(row, limit) for row, limit in zip(block, limits, strict=True)]
-        return torch.stack(kept) if weights is None else torch.stack(kept) * weights
+        return torch.stack(kept) if factors is None else torch.stack(kept) * factors
 
-    for number, block in enumerate(blocks):
+    for entries in blocks.places():
+        block = blocks.read(entries)
         kept = trimmed(block)
         signs = kept.sum(dim=0).sign()
         if rule == "mergekit":
             signs = torch.where(signs == 0, 1, signs)
         balance += signs.sum()
-        yield blocks.place(number), block, _mean_of_sign(kept, signs, weights, normalize)
+        yield entries, block, _mean_of_sign(kept, signs, factors, normalize)
         cancelled = ((signs == 0) & (kept.amax(dim=0) > 0)).nonzero()[:, 0]
         if len(cancelled):
-            drawn[number] = cancelled
-    for number, cancelled in drawn.items():
-        kept = trimmed(blocks[number][:, cancelled])
-        merged = _mean_of_sign(kept, balance.sign(), weights, normalize)
-        yield cancelled + blocks.place(number).start, None, merged
+            drawn.append((entries, cancelled))
+    for entries, cancelled in drawn:
+        kept = trimmed(blocks.read(entries)[:, cancelled])
+        yield (
+            entries.start + cancelled,
+            None,
+            _mean_of_sign(kept, balance.sign(), factors, normalize),
+        )
 
 
 def _mean_of_sign(values: Tensor, signs: Tensor, weights: Tensor | None, normalize: bool) -> Tensor:
@@ -118,10 +123,9 @@ def ties(
         return kernels.ties(task_vectors, thresholds)
     blocks = Blocks.of(task_vectors, BLOCK << (9 * task_vectors.is_cuda))
     merged = task_vectors.new_empty(blocks.entries)
-    options = {"weights": weights, "normalize": normalize, "rule": rule}
-    for entries, _, result in ties_blocks(
-        blocks, thresholds=thresholds.to(task_vectors), **options
-    ):
+    options: dict[str, Any] = {"weights": weights, "normalize": normalize, "rule": rule}
+    options["thresholds"] = thresholds.to(task_vectors)
+    for entries, _, result in ties_blocks(blocks, **options):
         merged[entries] = result
     return merged.view(task_vectors.shape[1:])
 
@@ -139,12 +143,7 @@ def trim_thresholds(task_vectors: Tensor | Blocks, density: float | Sequence[flo
     for share in densities:
         check_share("density", share)
     k = [int((1 - share) * blocks.entries) for share in densities]
-    if blocks is not task_vectors and task_vectors.is_cuda:
-        magnitudes = task_vectors.flatten(1).abs()
-        values = [row.kthvalue(max(n, 1)).values for row, n in zip(magnitudes, k, strict=True)]
-        thresholds = torch.stack(values)
-    else:
-        thresholds = kth_smallest(blocks, [max(n, 1) for n in k])
+    thresholds = kth_smallest(blocks, [max(n, 1) for n in k])
     return thresholds.where(torch.tensor(k, device=thresholds.device) > 0, 0)
 
 

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from optmerge_core.checkpoints.formats import dtype_name
 from optmerge_core.checkpoints.names import TOWER, layer_index, module_kind
-from optmerge_core.checkpoints.weights import Weights, as_weights
+from optmerge_core.checkpoints.weights import Weights
 from optmerge_core.methods.svd import truncated_svd
 from optmerge_core.runtime import in_order
 from optmerge_core.task_vectors import spectra
@@ -53,15 +53,17 @@ def diagnose(
     and `scaling_coefficient`. Raises `ValueError` as `TaskVectors` does.
     """
     names = list(names)
-    base, experts = as_weights(base), {name: as_weights(x) for name, x in experts.items()}
-    shapes = {name: base.shape(name) for name in names}
+    task_vectors = TaskVectors(base, experts, names)
+    shapes = {name: task_vectors.base.shape(name) for name in names}
     sampled = _sample_layers(shapes, len(experts), budget)
     # An adapter is not stored in a dtype: its task vectors are products.
-    stored = {n: None if x.changes is not None else x.dtype(names[0]) for n, x in experts.items()}
-    task_vectors = TaskVectors(base, experts, names)
+    stored = {
+        expert: None if weights.changes is not None else weights.dtype(names[0])
+        for expert, weights in task_vectors.experts.items()
+    }
 
     def measure(name: str) -> dict[str, Any]:
-        tensor = base[name]  # read once, also where it comes over a network
+        tensor = task_vectors.base[name]  # read once, also where it comes over a network
         stack = task_vectors.stack(name, tensor)
         measured = _entries(stack, tensor) | {
             "rounding": [
@@ -79,7 +81,8 @@ def diagnose(
     results = in_order(measure, names, memory=memory)
     progress = tqdm(names, desc="measuring", unit="parameter", leave=False)
     measured = dict(zip(progress, results, strict=True))
-    tables = _tables(measured, stored, _compare_outside(base, experts, set(names)), sampled)
+    outside = _compare_outside(task_vectors.base, task_vectors.experts, set(names))
+    tables = _tables(measured, stored, outside, sampled)
     return replace(tables, findings=find(tables, method, options, scaling_coefficient))
 
 
@@ -146,7 +149,8 @@ def _rounding(name: str, base: Tensor, task_vector: Tensor, dtype: torch.dtype |
 def _spectra(stack: Tensor, rounding: list[float]) -> dict[str, Any]:
     """Ranks of every expert's task vector and the input directions that two experts share."""
     rows, columns = stack.shape[1:]
-    ranks, bases, count = [], [], max(1, min(rows, columns) // len(stack))
+    ranks: list[dict[str, Any]] = []
+    bases, count = [], max(1, min(rows, columns) // len(stack))
     for task_vector, noise in zip(stack, rounding, strict=True):
         _, values, directions = truncated_svd(task_vector)
         deviation = math.sqrt(np.nan_to_num(noise) / (rows * columns))
