@@ -15,7 +15,7 @@ from rich.table import Table
 from optmerge_core.merging.merge import merge
 from optmerge_core.study.inspect import show
 from optmerge_core.study.notebooks import NotebookError, run
-from optmerge_core.study.open import check_stream, open_study
+from optmerge_core.study.open import check_stream, open_study, settings
 from optmerge_core.study.recipe import Recipe, load_recipe
 from optmerge_core.task_vectors.findings import OTHER_BASE_NORM
 
@@ -55,34 +55,18 @@ def _load_recipe(path: str, stream: bool) -> Recipe:
 
 def merge_command(options: argparse.Namespace) -> None:
     recipe = _load_recipe(options.recipe, options.stream)
-    method = options.method or recipe.merge_method
-    scaling_coefficient = options.scaling_coefficient
-    if scaling_coefficient is None:
-        scaling_coefficient = recipe.scaling_coefficient
     models = (recipe.base_model, recipe.experts, options.output)
-    settings = {
-        "method": method,
-        "method_options": recipe.options(method),
-        "scaling_coefficient": scaling_coefficient,
-        "device": options.device,
-        "seed": recipe.seed,
-        "overwrite": options.overwrite,
-    }
+    chosen = settings(recipe, options.method)
+    chosen |= {"device": options.device, "overwrite": options.overwrite}
+    if options.scaling_coefficient is not None:
+        chosen["scaling_coefficient"] = options.scaling_coefficient
     if recipe.merges == "modalities":
-        from optmerge_core.omni.compose import compose  # slow: transformers and PEFT
+        from optmerge_core.omni import compose  # slow: transformers and PEFT
 
-        compose(*models, **settings)
+        compose(*models, **chosen)
         print(f"{options.output}: one Omni model of {', '.join(recipe.experts)}")
         return
-    report = merge(
-        *models,
-        **settings,
-        dtype=recipe.dtype,
-        trim=recipe.trim if method in ("ties", "dare_ties") else "tensor",
-        family=recipe.family,
-        scope=recipe.scope,
-        stream=options.stream,
-    )
+    report = merge(*models, **chosen, stream=options.stream)
     for name, norm in report.relative_norms().items():
         if norm > OTHER_BASE_NORM:
             warnings.warn(
@@ -92,7 +76,7 @@ def merge_command(options: argparse.Namespace) -> None:
             )
     print(
         f"{options.output}: {len(report.parameters)} parameters of {len(report.experts)} experts "
-        f"merged by {method}, {report.parameters_kept} kept from the base, "
+        f"merged by {report.method}, {report.parameters_kept} kept from the base, "
         f"{report.seconds:.1f} s, at most {report.peak_memory_bytes / 1e9:.2f} GB of memory"
     )
 

@@ -53,8 +53,13 @@ def check_request(
 
 
 def with_preset(method: str, options: Mapping[str, Any] | None, preset: str) -> dict[str, Any]:
-    """The options, OptMerge's with this preset unless they name one: others may be given beside."""
-    return ({"preset": preset} if method == "optmerge" else {}) | dict(options or {})
+    """The options, OptMerge's with this preset unless they name one: others may be given beside.
+
+    None is the word of OptMerge's options for what the preset says.
+    """
+    if method != "optmerge":
+        return dict(options or {})
+    return {"preset": preset} | {k: v for k, v in (options or {}).items() if v is not None}
 
 
 def check_method(method: str, options: Mapping[str, Any], experts: int | None = None) -> None:

@@ -107,6 +107,8 @@ def test_merge_takes_adapters(family, tmp_path):
         ("optmerge", {"preset": "lora", "learning_rate_unit": "rms"}),
         ("optmerge", {"preset": "lora", "rank_ratio": 0.05, "learning_rate": 1e-2}),
         ("optmerge", {"preset": "modality"}),
+        ("optmerge", {"preset": "modality", "rank_ratio": None}),
+        ("optmerge", {"preset": "lora", "optimizer": "ridge", "shrink": None}),
         ("wudi", {"optimizer": "ridge"}),
         ("optmerge", {"preset": "lora", "optimizer": "ridge", "shrink": 0.3}),
         ("optmerge", {"optimizer": "sgd", "preset": "full", "learning_rate": 1e-2}),
@@ -203,6 +205,7 @@ def test_cores_of_any_shape_give_what_the_whole_matrices_give():
         ("dare_ties", {}, "single entries"),
         ("wudi", {}, "optimizer='sgd'"),
         ("optmerge", {"preset": "full"}, "optimizer='sgd'"),
+        ("optmerge", {"preset": "full", "optimizer": None}, "optimizer='sgd'"),
         ("aswudi", {}, "no expert uses"),
     ],
 )

@@ -1,5 +1,6 @@
 """A study is what its recipe says, and everybody who merges it gives the merge the same."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -131,5 +132,27 @@ def test_specialists_are_opened_and_merged_as_compose_does(calls):
     assert all(list(expert) == study.names for expert in study.experts.values())
     study.merge_tensors(names=study.names[:1])
     assert calls.pop()["method_options"] == {"preset": "modality"}
+    half = found.model_copy(update={"method_options": {"optmerge": {"steps": 3, "preset": None}}})
+    half = half.model_copy(update={"parameters": {}})
+    assert settings(half)["method_options"] == {"preset": "modality", "steps": 3}
     with pytest.raises(ValueError, match="omni: specialists cannot be streamed"):
         open_study(found, stream=True)
+
+
+def test_an_omni_recipe_is_composed_by_all_that_it_says(tmp_path, capsys):
+    content = yaml.safe_load((RECIPES / "omni.yaml").read_text())
+    for place in (content, *content["models"], content["evaluation"]["references"]):
+        for key in place.keys() & {"base_model", "model", "vision", "audio", "video"}:
+            place[key] = str((RECIPES / place[key]).resolve())
+    path = tmp_path / "all.yaml"
+    said = SAID | {"parameters": {"lambda": 0.5}, "family": "qwen2", "merge_method": "ties"}
+    path.write_text(yaml.safe_dump(content | said))
+    assert command.main(["merge", str(path), "--output", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out/merge_report.json").read_text())
+    wanted = settings(load_recipe(path))
+    assert wanted.items() <= report.items() and wanted["trim"] == "model"
+    study = open_study(load_recipe(path))
+    assert [record["name"] for record in report["parameters"]] == study.names == list(study.base)
+    norms = {name: float(tensor.norm()) for name, tensor in study.merge_tensors().items()}
+    found = {record["name"]: record["merged_norm"] for record in report["parameters"]}
+    assert found == pytest.approx(norms, rel=1e-5)
