@@ -23,10 +23,7 @@ FLOORS = (
 METHODS_MAY_IMPORT = {"torch", "numpy", "jaxtyping", "triton", *sys.stdlib_module_names}
 MAX_FILE, MAX_FUNCTION = 350, 60
 STILL_LONG = {
-    "evaluation/public_benchmarks.py: hand_off",
-    "merging/merge.py: merge",
     "merging/merge_adapters.py: merge_adapters",
-    "merging/plan.py: check_experts",
     "omni/compose.py: compose",
     "study/notebooks.py: run",
 }

@@ -142,19 +142,7 @@ def hand_off(model: str | Path, table: str = "2") -> dict[str, str]:
     without config.json, for a model type neither toolkit is known to load, and for a path that a
     command line cannot hold.
     """
-    folder = Path(model).expanduser().resolve()
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{model}: no config.json; give the folder of a merged model")
-    if re.search("[,=]", str(folder)):
-        raise ValueError(
-            f"{folder}: lmms-eval splits its arguments at commas and equals signs; rename it"
-        )
-    model_type = read_json(folder / "config.json").get("model_type")
-    if model_type not in WRAPPERS:
-        raise ValueError(
-            f"{model}: no toolkit is known to load model type {model_type!r}, only "
-            f"{', '.join(WRAPPERS)}; look for a model class in their documentation"
-        )
+    folder, model_type = _merged_model(model)
     lmms_model, lmms_arguments, model_class, settings = WRAPPERS[model_type]
     chosen = {name: BENCHMARKS[name] for name in columns(table)}
     arguments = {"pretrained": folder} | lmms_arguments
@@ -197,6 +185,24 @@ def hand_off(model: str | Path, table: str = "2") -> dict[str, str]:
         vlmevalkit=vlmevalkit,
     )
     return {"benchmarks.md": text} | files
+
+
+def _merged_model(model: str | Path) -> tuple[Path, str]:
+    """A merged model's folder and model type, after the checks of `hand_off`."""
+    folder = Path(model).expanduser().resolve()
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{model}: no config.json; give the folder of a merged model")
+    if re.search("[,=]", str(folder)):
+        raise ValueError(
+            f"{folder}: lmms-eval splits its arguments at commas and equals signs; rename it"
+        )
+    model_type = read_json(folder / "config.json").get("model_type")
+    if model_type not in WRAPPERS:
+        raise ValueError(
+            f"{model}: no toolkit is known to load model type {model_type!r}, only "
+            f"{', '.join(WRAPPERS)}; look for a model class in their documentation"
+        )
+    return folder, model_type
 
 
 def tasks(table: str = "2") -> pd.DataFrame:
