@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from optmerge_core.checkpoints.formats import HUB_ID, dtype_name
+from optmerge_core.checkpoints.names import is_embeddings, is_head
 from optmerge_core.checkpoints.weights import Weights
 from optmerge_core.merging.checks import notice
 from optmerge_core.merging.families import merges
 from optmerge_core.runtime import FLOAT_DTYPES
-
-HEAD = "lm_head.weight"
-EMBEDDINGS = re.compile(r"(?:embed_tokens|tok_embeddings)\.weight$")
 
 
 @dataclass
@@ -77,7 +74,7 @@ def _compare(
     found, ours, theirs = _Difference(), base.shapes(), expert.shapes()
     tied = _ties(base) and _ties(expert)
     for name in sorted({*ours, *theirs}):
-        if tied and name.endswith(HEAD) and name not in agreeing:
+        if tied and is_head(name) and name not in agreeing:
             continue  # the embeddings, saved twice or once
         match = ours.get(name) == theirs.get(name)
         usable = match and expert.dtype(name) in FLOAT_DTYPES.values()
@@ -140,8 +137,8 @@ def _notices(
 
 def tied_head(base: Weights) -> dict[str, str]:
     """Head -> embeddings, where config.json ties them and the files hold the same values twice."""
-    heads = [name for name in base if name.endswith(HEAD)]
-    embeddings = [name for name in base if EMBEDDINGS.search(name)]
+    heads = [name for name in base if is_head(name)]
+    embeddings = [name for name in base if is_embeddings(name)]
     if len(heads) != 1 or len(embeddings) != 1 or not _ties(base):
         return {}
     same = torch.equal(base[heads[0]], base[embeddings[0]])
@@ -155,13 +152,13 @@ def _ties(weights: Weights) -> bool:
     for part in (config, *(text for text in texts if isinstance(text, dict))):
         if "tie_word_embeddings" in part:
             return bool(part["tie_word_embeddings"])
-    return not any(name.endswith(HEAD) for name in weights)
+    return not any(is_head(name) for name in weights)
 
 
 def _tokens(weights: Weights) -> int:
     """Rows of the embeddings; 0 where no parameter is named as such."""
     shapes = weights.shapes().items()
-    rows = [shape[0] for name, shape in shapes if EMBEDDINGS.search(name) and shape]
+    rows = [shape[0] for name, shape in shapes if is_embeddings(name) and shape]
     return rows[0] if len(rows) == 1 else 0
 
 

@@ -1,7 +1,7 @@
 """Each family's real class, tiny: saved, merged, opened again, and asked to generate.
 
-To add a family: its rule in `parameters.FAMILIES`, its entry here, and a few names of a published
-checkpoint in test_parameters.py.
+To add a family: its rule in `families.FAMILIES`, its entry here, and a few names of a published
+checkpoint in test_families.py.
 """
 
 import json
@@ -413,14 +413,15 @@ def test_more_embeddings_are_a_notice_and_the_bases_are_kept(folder, tmp_path):
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "dare_task_arithmetic"])
 @pytest.mark.parametrize("on_disk", ["base", "expert", "both"])
+@pytest.mark.parametrize("head", [HEAD, "language_model.output.weight"])  # InternLM2's
 @pytest.mark.parametrize("scope", ["linear", "all"])
-def test_tied_embeddings_stay_tied(folder, tmp_path, on_disk, scope, method):
+def test_tied_embeddings_stay_tied(folder, tmp_path, on_disk, head, scope, method):
     """A head that is the embeddings' copy may be on disk or not: no notice, and still a copy."""
     base, one = tensors(0), tensors(1)
     if on_disk != "expert":
-        base[HEAD] = base[EMBEDDINGS].clone()
+        base[head] = base[EMBEDDINGS].clone()
     if on_disk != "base":
-        one[HEAD] = one[EMBEDDINGS].clone()
+        one[head] = one[EMBEDDINGS].clone()
     experts = {"one": folder("one", one, tie_word_embeddings=True)}
     merge(
         folder("base", base, tie_word_embeddings=True), experts, tmp_path / "out", scope=scope,
@@ -430,7 +431,7 @@ def test_tied_embeddings_stay_tied(folder, tmp_path, on_disk, scope, method):
     assert merged.keys() == base.keys()
     assert torch.equal(merged[EMBEDDINGS], base[EMBEDDINGS]) == (scope == "linear")
     if on_disk != "expert":
-        assert torch.equal(merged[HEAD], merged[EMBEDDINGS])
+        assert torch.equal(merged[head], merged[EMBEDDINGS])
 
 
 def test_a_head_that_only_the_expert_unties_is_a_notice(folder, tmp_path):
