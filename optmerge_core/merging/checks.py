@@ -134,8 +134,7 @@ def check_finite(
 
     def problem(reading: tuple[str, Weights, str]) -> str | None:
         owner, weights, name = reading
-        count = _count_not_finite(weights[name])
-        return f"{name}: {owner} has {count} NaN or Inf" if count else None
+        return _not_finite_text(name, owner, weights[name])
 
     problems = [text for text in in_order(problem, tqdm(readings, desc="checking")) if text]
     if problems:
@@ -148,11 +147,8 @@ def check_finite(
 
 def check_finite_tensor(name: str, owner: str, tensor: Tensor) -> None:
     """As `check_finite`, for a tensor that was just read. Raises `NotFinite`."""
-    if count := _count_not_finite(tensor):
-        raise NotFinite(
-            f"{name}: {owner} has {count} NaN or Inf; use an earlier or undamaged checkpoint, or "
-            "leave the expert out"
-        )
+    if text := _not_finite_text(name, owner, tensor):
+        raise NotFinite(f"{text}; use an earlier or undamaged checkpoint, or leave the expert out")
 
 
 def check_in_range(name: str, tensor: Tensor) -> Tensor:
@@ -173,8 +169,10 @@ def not_finite(tensor: Tensor) -> bool:
     return not bool(torch.isfinite(low) and torch.isfinite(high))
 
 
-def _count_not_finite(tensor: Tensor) -> int:
-    return int((~_comparable(tensor).isfinite()).sum()) if not_finite(tensor) else 0
+def _not_finite_text(name: str, owner: str, tensor: Tensor) -> str | None:
+    if not not_finite(tensor):
+        return None
+    return f"{name}: {owner} has {int((~_comparable(tensor).isfinite()).sum())} NaN or Inf"
 
 
 def _comparable(tensor: Tensor) -> Tensor:
