@@ -369,7 +369,12 @@ def test_the_study_has_a_row_for_every_model(built, monkeypatch):
     monkeypatch.setattr(omni_seeds, "MERGES", ["weight_average", "tsv"])
     language_model = str(built / "language_model")
     specialists = [{"name": m, "model": "set below"} for m in MODALITIES]
-    study = Recipe(base_model=language_model, models=specialists, scaling_coefficients=[1.0])
+    study = Recipe(
+        base_model=language_model,
+        models=specialists,
+        merges="modalities",
+        scaling_coefficients=[1.0],
+    )
     specialists = {m: str(built / "seed1" / m) for m in MODALITIES}
     decoupled = {m: str(built / "seed1" / "decoupled" / m) for m in MODALITIES}
     items = draw_questions("test", 1)

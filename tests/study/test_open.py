@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ import yaml
 
 from optmerge_core import __main__ as command
 from optmerge_core import load_recipe
+from optmerge_core.benchmark.experiments import seeds, subsets
+from optmerge_core.benchmark.tasks.samples import TASKS
 from optmerge_core.merging.merge import merge
 from optmerge_core.methods.registry import METHODS
 from optmerge_core.study import open as opening
@@ -137,6 +140,39 @@ def test_specialists_are_opened_and_merged_as_compose_does(calls):
     assert settings(half)["method_options"] == {"preset": "modality", "steps": 3}
     with pytest.raises(ValueError, match="omni: specialists cannot be streamed"):
         open_study(found, stream=True)
+
+
+class Answered(Exception):
+    """All that was asked for is merged; what is answered is another test's."""
+
+
+def refuse(*_, **__):
+    raise Answered
+
+
+def test_experiments_merge_by_all_that_a_recipe_says(tiny, recipe, calls, monkeypatch):
+    """Their evaluators see the first question after the merges."""
+    found = load_recipe(recipe())
+    names = open_study(found).names
+    monkeypatch.setattr(seeds, "search_scaling", refuse)
+    with pytest.raises(Answered):
+        seeds.evaluate(found, tiny.experts, None, None)
+    by_method = {call["method"]: call for call in calls if not call["method_options"]}
+    assert by_method.keys() == METHODS.keys()
+    for method, call in by_method.items():
+        assert expected(method).items() <= call.items() and call["names"] == names
+    assert {call["seed"] for call in calls} == {7}
+    calls.clear()
+
+    monkeypatch.setattr(subsets, "MERGES", {"ties": ("ties", 1.0)})
+    monkeypatch.setattr(subsets, "trained_tasks", lambda *_: ["OCR"])
+    monkeypatch.setattr(subsets, "load_split", lambda *_: None)
+    monkeypatch.setattr(subsets, "evaluator_for", lambda *_: MagicMock())
+    monkeypatch.setattr(subsets, "accuracy", lambda *_: dict.fromkeys(TASKS, 1.0))
+    subsets.score_sets(found)
+    assert [len(call["experts"]) for call in calls] == [2, 2, 2, 3]
+    for call in calls:
+        assert expected("ties").items() <= call.items() and call["names"] == names
 
 
 def test_an_omni_recipe_is_composed_by_all_that_it_says(tmp_path, capsys):

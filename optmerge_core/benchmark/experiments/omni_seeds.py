@@ -19,14 +19,12 @@ from optmerge_core.benchmark.experiments.omni_evaluation import (
     draw_questions,
 )
 from optmerge_core.benchmark.experiments.seeds import OTHERS, SHIPPED_SEED
-from optmerge_core.checkpoints.open import open_checkpoint
 from optmerge_core.evaluation.selection import best_scaling, search_scaling
-from optmerge_core.merging.families import mergeable
-from optmerge_core.merging.loop import merge_tensors
 from optmerge_core.methods.registry import METHODS
 from optmerge_core.omni import compose
 from optmerge_core.omni.online import TEXT, online_weights, route
-from optmerge_core.omni.specialists import LanguageModel, open_specialist
+from optmerge_core.omni.specialists import open_specialist
+from optmerge_core.study.open import open_study
 from optmerge_core.study.recipe import load_recipe
 
 MERGES = [method for method in METHODS if not method.startswith("dare")]
@@ -43,15 +41,11 @@ def evaluate(study, specialists, decoupled, validation, test):
 
     specialists, decoupled: modality -> adapter folder; validation, test: lists of questions.
     """
-    weights = open_checkpoint(study.base_model)
-    base = LanguageModel(weights)
-    names = mergeable({n: base.shape(n) for n in base}, weights.config()["model_type"])
-    start = {n: base[n].float() for n in names}
-    own = {m: weights_of(folder, names) for m, folder in specialists.items()}
-    merged = {
-        m: merge_tensors(base, own, names, method=m, method_options=study.options(m))
-        for m in MERGES
-    }
+    opened = open_study(study, experts=specialists)
+    names = opened.names
+    start = {n: opened.base[n].float() for n in names}
+    own = {m: {n: expert[n].float() for n in names} for m, expert in opened.experts.items()}
+    merged = {m: opened.merge_tensors(m) for m in MERGES}
 
     def scaled(method, scaling):
         return {n: start[n] + scaling * merged[method][n] for n in names}

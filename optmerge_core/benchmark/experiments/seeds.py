@@ -19,9 +19,8 @@ from optmerge_core.checkpoints.open import open_checkpoint, open_expert
 from optmerge_core.evaluation.metrics import accuracy
 from optmerge_core.evaluation.questions import load_split
 from optmerge_core.evaluation.selection import best_scaling, search_scaling
-from optmerge_core.merging.families import mergeable
-from optmerge_core.merging.loop import merge_tensors
 from optmerge_core.methods.registry import METHODS
+from optmerge_core.study.open import open_study
 from optmerge_core.study.recipe import load_recipe
 
 SHIPPED_SEED, OTHERS = 1, (11, 21)
@@ -55,15 +54,12 @@ def evaluate(study, experts, validation, test):
     The variants are Table 4's steps and those of `selection.beyond`. The recipe's references
     (mixture training) and the base model do not depend on the seed, but stand in every seed's rows.
     """
-    base = open_checkpoint(study.base_model)
+    opened = open_study(study, experts=experts)
+    base, names = opened.base, opened.names
     variants = {method: (method, study.options(method)) for method in METHODS}
     variants |= {step: v for step, v in ablation(study).items() if step.startswith("+")} | beyond()
-    opened = {name: open_expert(folder, base) for name, folder in experts.items()}
-    names = mergeable(base.shapes(), base.config()["model_type"])
     merged = {
-        label: merge_tensors(
-            base, opened, names, method=method, method_options=options, seed=study.seed
-        )
+        label: opened.merge_tensors(method, method_options=options)
         for label, (method, options) in variants.items()
     }
 
@@ -73,7 +69,7 @@ def evaluate(study, experts, validation, test):
     scaling = best_scaling(search_scaling(score, variants, study.scaling_coefficients))
     others = {n: open_expert(folder, base) for n, folder in study.evaluation.references.items()}
     rows = {"base_model": accuracy(test.answer())}
-    for name, model in (opened | others).items():
+    for name, model in (opened.experts | others).items():
         rows[name] = accuracy(test.answer({n: model[n] for n in names}))
     rows |= {m: accuracy(test.answer_merged(base, merged[m], scaling[m])) for m in variants}
     return pd.DataFrame(rows).T.rename_axis("model")

@@ -15,11 +15,9 @@ from tqdm.auto import tqdm
 
 from optmerge_core.benchmark.evaluator import evaluator_for
 from optmerge_core.benchmark.tasks.samples import TASKS
-from optmerge_core.checkpoints.open import open_checkpoint, open_expert
 from optmerge_core.evaluation.metrics import accuracy
 from optmerge_core.evaluation.questions import load_split
-from optmerge_core.merging.families import mergeable
-from optmerge_core.merging.loop import merge_tensors
+from optmerge_core.study.open import open_study
 from optmerge_core.study.recipe import load_recipe
 
 MERGES = {  # column -> method, scaling coefficient (None: the recipe's)
@@ -42,9 +40,8 @@ def score_sets(study, count=300):
     Columns: study, experts (names joined by +), base_model, own (each expert on its own tasks,
     averaged) and those of `MERGES`, averaged over the same tasks.
     """
-    base = open_checkpoint(study.base_model)
-    names = mergeable(base.shapes(), base.config()["model_type"])
-    experts = {name: open_expert(folder, base) for name, folder in study.experts.items()}
+    opened = open_study(study)
+    base, names, experts = opened.base, opened.names, opened.experts
     tasks = {name: trained_tasks(name, folder) for name, folder in study.experts.items()}
     questions = {t: load_split(study.evaluation.data, "validation", count, [t]) for t in TASKS}
     evaluators = {t: evaluator_for(study.base_model, data) for t, data in questions.items()}
@@ -65,12 +62,10 @@ def score_sets(study, count=300):
         row = {"study": study.name, "experts": "+".join(chosen)}
         row["base_model"] = sum(start[task] for task in own) / len(own)
         row["own"] = sum(alone[name] for name in chosen) / len(chosen)
-        opened = {name: experts[name] for name in chosen}
+        some = {name: experts[name] for name in chosen}
         for column, (method, scaling) in MERGES.items():
             scaling = study.scaling_coefficient if scaling is None else scaling
-            merged = merge_tensors(
-                base, opened, names, method=method, method_options=study.options(method)
-            )
+            merged = opened.merge_tensors(method, experts=some)
             row[column] = mean(lambda e, v=merged, c=scaling: e.answer_merged(base, v, c), own)
         rows.append(row)
     return pd.DataFrame(rows)
