@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from optmerge_core.merging.merge import merge
+from optmerge_core.study.findings import OTHER_BASE_NORM
 from optmerge_core.study.inspect import show
 from optmerge_core.study.notebooks import NotebookError, run
 from optmerge_core.study.open import check_stream, open_study, settings
 from optmerge_core.study.recipe import Recipe, load_recipe
-from optmerge_core.task_vectors.findings import OTHER_BASE_NORM
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

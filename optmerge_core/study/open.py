@@ -12,8 +12,8 @@ from optmerge_core.checkpoints.weights import Renamed
 from optmerge_core.merging.checks import TRIMMING, with_preset
 from optmerge_core.merging.loop import merge_tensors
 from optmerge_core.merging.plan import Opened, open_models
+from optmerge_core.study.diagnosis import Diagnosis, diagnose
 from optmerge_core.study.recipe import Recipe
-from optmerge_core.task_vectors.diagnosis import Diagnosis, diagnose
 from optmerge_core.task_vectors.stack import TaskVectors
 
 

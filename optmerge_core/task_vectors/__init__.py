@@ -1,1 +1,1 @@
-"""Task vectors, parameter by parameter: stacks, tables, spectra, and whether they will merge."""
+"""Task vectors, parameter by parameter: stacks, tables, spectra."""

@@ -8,9 +8,9 @@ from cases import NAMES, moved, random
 
 from optmerge_core import load_recipe, open_checkpoint, open_expert
 from optmerge_core.merging.families import mergeable
-from optmerge_core.task_vectors import diagnosis as module
-from optmerge_core.task_vectors import findings
-from optmerge_core.task_vectors.diagnosis import diagnose
+from optmerge_core.study import diagnosis as module
+from optmerge_core.study import findings
+from optmerge_core.study.diagnosis import diagnose
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 

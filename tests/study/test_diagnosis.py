@@ -10,9 +10,10 @@ from optmerge_core import open_checkpoint, open_expert
 from optmerge_core.checkpoints.weights import InMemory
 from optmerge_core.merging.families import mergeable
 from optmerge_core.methods.svd import singular_values
-from optmerge_core.task_vectors import diagnosis as module
-from optmerge_core.task_vectors import findings, spectra
-from optmerge_core.task_vectors.diagnosis import diagnose, module_of
+from optmerge_core.study import diagnosis as module
+from optmerge_core.study import findings
+from optmerge_core.study.diagnosis import diagnose, module_of
+from optmerge_core.task_vectors import spectra
 from optmerge_core.task_vectors.stack import TaskVectors
 from optmerge_core.task_vectors.tables import layer_norms
 

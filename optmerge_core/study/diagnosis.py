@@ -21,8 +21,8 @@ from optmerge_core.checkpoints.names import TOWER, layer_index, module_kind
 from optmerge_core.checkpoints.weights import Weights
 from optmerge_core.methods.svd import truncated_svd
 from optmerge_core.runtime import in_order
+from optmerge_core.study.findings import Diagnosis, find
 from optmerge_core.task_vectors import spectra
-from optmerge_core.task_vectors.findings import Diagnosis, find
 from optmerge_core.task_vectors.stack import TaskVectors, derive_seed
 from optmerge_core.task_vectors.tables import parameter_row
 
