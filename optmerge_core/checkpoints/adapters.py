@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from optmerge_core.checkpoints.folder import Checkpoint
 from optmerge_core.checkpoints.formats import CheckpointError, read_json
 from optmerge_core.checkpoints.names import closest_names
-from optmerge_core.checkpoints.weights import Weights
+from optmerge_core.checkpoints.weights import IN_MEMORY, Weights
 
 CONFIG_NAME = "adapter_config.json"
 PREFIX = "base_model.model."  # what PEFT puts before a module's path
@@ -117,11 +118,13 @@ class Adapter(Weights):
     Raises `CheckpointError` if a module of the adapter is not a parameter of this base.
     """
 
-    def __init__(self, weights: Checkpoint, base: Checkpoint):
+    folder: Path
+
+    def __init__(self, weights: Checkpoint, base: Weights):
         self.base, self.weights, self.factors = base, weights, Factors(weights)
         self.folder, self.revision = weights.folder, weights.revision
         self.source = weights.source
-        self.named_base = self.factors.settings.get("base_model_name_or_path") or ""
+        self.named_base = str(self.factors.settings.get("base_model_name_or_path") or "")
         self.modules: dict[str, str] = {}
         self._names, self.changes = base, self.modules
         for module in self.factors:
@@ -130,7 +133,8 @@ class Adapter(Weights):
             if shapes[0] != shapes[1] or name in self.modules:
                 raise CheckpointError(
                     f"{self.folder}: {module} has shape {shapes[1]}, and {name} of the base "
-                    f"{base.folder} has {shapes[0]}; is this an adapter of another base model?"
+                    f"{base.folder or IN_MEMORY} has {shapes[0]}; is this an adapter of another "
+                    "base model?"
                 )
             self.modules[name] = module
 
@@ -162,7 +166,7 @@ class Adapter(Weights):
         return self.weights.streamed(self.weights)
 
 
-def parameter_of(module: str, base: Checkpoint) -> str:
+def parameter_of(module: str, base: Weights) -> str:
     """The base's parameter on disk that a module's path in memory stands for.
 
     Raises `CheckpointError` if there is none, or more than one.
@@ -170,7 +174,7 @@ def parameter_of(module: str, base: Checkpoint) -> str:
     best = closest_names(f"{module}.weight", base)
     if len(best) != 1:
         raise CheckpointError(
-            f"{base.folder}: the adapter's module {module} stands for "
+            f"{base.folder or IN_MEMORY}: the adapter's module {module} stands for "
             f"{' or '.join(best) or 'none'} of its parameters; is it another base model's adapter?"
         )
     return best[0]

@@ -104,19 +104,20 @@ class RemoteFile:
         while True:
             before = progress()
             try:
-                return attempt()
-            except (_Again, httpx.TransportError) as error:
+                try:
+                    return attempt()
+                except httpx.TransportError as error:
+                    raise _Again(str(error) or type(error).__name__) from error
+            except _Again as error:
                 failures = 1 if progress() - before >= PROGRESS else failures + 1
-                reason = str(error) or type(error).__name__
                 if failures >= (ATTEMPTS if self.size is not None else FIRST_ATTEMPTS):
                     raise CheckpointError(
-                        f"{self.url}: {reason}; given up after {failures} attempts; check the "
+                        f"{self.url}: {error}; given up after {failures} attempts; check the "
                         f"network and run again, or {DOWNLOAD}"
                     ) from error
-                asked = getattr(error, "wait", None)
-                wait = min(2.0 ** (failures - 1), 60.0) if asked is None else asked
+                wait = min(2.0 ** (failures - 1), 60.0) if error.wait is None else error.wait
                 if wait >= 5:
-                    tqdm.write(f"{self.url}: {reason}; again in {wait:.0f} s", file=sys.stderr)
+                    tqdm.write(f"{self.url}: {error}; again in {wait:.0f} s", file=sys.stderr)
                 sleep(wait)
             except (httpx.HTTPError, httpx.InvalidURL, OfflineModeIsEnabled) as error:
                 raise CheckpointError(f"{self.url}: {error}; check the address") from error

@@ -94,7 +94,7 @@ class RemoteCheckpoint(Checkpoint):
         return [(self, list(names))]
 
     def file_sizes(self) -> dict[str, int]:
-        return {file.name: self._remote[file.name].size for file in self.files}
+        return {file.name: self._remote[file.name].size or 0 for file in self.files}
 
     def sha256(self) -> dict[str, str]:
         """File name -> SHA-256 where the hub tells it; else size and version, marked as such."""

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+IN_MEMORY = "a model in memory"  # what errors call weights without a folder
+
 
 class Weights(Mapping[str, Tensor]):
     """Parameter name -> CPU tensor, with all that merging and diagnosis ask of weights.

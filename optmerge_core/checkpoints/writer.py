@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -52,7 +53,7 @@ class CheckpointWriter:
         self.single = single
         self.output_dir = Path(output_dir).resolve()
         self.max_shard_bytes = parse_size("max_shard_size", max_shard_size)
-        self._demands = {"overwrite": overwrite, "expected_bytes": expected_bytes}
+        self._demands: dict[str, Any] = {"overwrite": overwrite, "expected_bytes": expected_bytes}
         check_output(self.output_dir, **self._demands)
         self.folder = self.output_dir.with_name(f".{self.output_dir.name}.partial")
         self._old = self.output_dir.with_name(f".{self.output_dir.name}.old")

@@ -14,6 +14,7 @@ from optmerge_core.__main__ import main
 from optmerge_core.checkpoints.adapters import Adapter, Factors, parameter_of
 from optmerge_core.checkpoints.formats import CheckpointError
 from optmerge_core.checkpoints.open import open_expert
+from optmerge_core.checkpoints.weights import as_weights
 from optmerge_core.merging.families import mergeable
 from optmerge_core.merging.loop import merge_tensors
 from optmerge_core.merging.merge_adapters import merge_cores, merge_factors
@@ -276,3 +277,14 @@ def test_a_base_model_is_no_adapter(family):
     _, experts = family
     with pytest.raises(CheckpointError, match="PEFT adapter"):
         open_checkpoint(experts["e0"])
+
+
+def test_an_adapter_of_a_base_in_memory(family):
+    base, experts = family
+    stored = open_checkpoint(base)
+    held = open_expert(experts["e0"], as_weights(dict(stored)))
+    for name, tensor in open_expert(experts["e0"], stored).items():
+        assert torch.equal(held[name], tensor)
+    narrow = {name: tensor[..., :8] for name, tensor in stored.items()}
+    with pytest.raises(CheckpointError, match="a model in memory has .* another base model"):
+        open_expert(experts["e0"], as_weights(narrow))
