@@ -49,8 +49,7 @@ def merge_adapters(
 
     experts: name -> adapter folder or hub id. Equal to `merge` of the same adapters up to rounding.
     Methods: weight_average, task_arithmetic, tsv, iso_c, swudi, and with SGD or ridge wudi and
-    optmerge (its presets lora, the default here, and modality). The others raise `ValueError`,
-    which says why.
+    optmerge (preset lora unless told otherwise). The others raise `ValueError`, which says why.
     Returns the folder: adapter_model.safetensors (float32) and adapter_config.json, scale 1, with
     merge_report.json and a model card.
     """
@@ -67,7 +66,7 @@ def merge_adapters(
     rank, records = max(ranks.values()), []
 
     def result(module: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Factors of one rank for all modules, as PEFT wants them: the smaller ones padded by 0."""
+        """Factors of one rank for all modules, as PEFT wants them: smaller ones padded by 0."""
         pairs = {name: factors.get(module) for name, factors in opened.items()}
         for name, pair in pairs.items():
             for factor in pair or ():
@@ -88,18 +87,12 @@ def merge_adapters(
             records.append(made)
         weights, settings = writer.digests(), _settings(opened, rank)
         writer.write_text(CONFIG_NAME, json.dumps(settings, indent=2) + "\n")
-        base = str(settings.get("base_model_name_or_path") or "not named")
         report = MergeReport(
-            output_dir=str(output_dir),
-            method=method,
-            method_options=options,
-            scaling_coefficient=scaling_coefficient,
-            base_model={"location": base, "revision": settings.get("revision"), "sha256": {}},
+            output_dir=str(output_dir), method=method, method_options=options,
+            scaling_coefficient=scaling_coefficient, base_model=_base_model(settings),
             experts={n: describe(experts[n], factors.weights) for n, factors in opened.items()},
-            parameters=records,
-            weights=weights,
-            **meter.read(),
-        )
+            parameters=records, weights=weights, **meter.read(),
+        )  # fmt: skip
         writer.write_text("merge_report.json", report.to_json())
         writer.write_text("README.md", adapter_card(report))
     return Path(output_dir)
@@ -113,6 +106,11 @@ def _settings(opened: Mapping[str, Factors], rank: int) -> dict[str, Any]:
         "target_modules": modules, "exclude_modules": None, "layers_to_transform": None,
         "layers_pattern": None, "inference_mode": True,
     }  # fmt: skip
+
+
+def _base_model(settings: Mapping[str, Any]) -> dict[str, Any]:
+    location = str(settings.get("base_model_name_or_path") or "not named")
+    return {"location": location, "revision": settings.get("revision"), "sha256": {}}
 
 
 def check_possible(method: str, options: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from optmerge_core.checkpoints.writer import CheckpointWriter, check_output, sid
 from optmerge_core.merging.card import omni_card
 from optmerge_core.merging.checks import check_finite_tensor, check_request, with_preset
 from optmerge_core.merging.loop import ParameterMerger, trim_thresholds_over_model
+from optmerge_core.merging.plan import Opened
 from optmerge_core.merging.report import MergeReport, describe, with_dtype
 from optmerge_core.omni.model import OmniConfig, OmniForConditionalGeneration
 from optmerge_core.omni.specialists import (
@@ -31,6 +32,7 @@ from optmerge_core.omni.tokens import check_placeholders, reconcile, renumbered,
 from optmerge_core.runtime import Meter, parse_device, parse_dtype
 from optmerge_core.task_vectors.stack import TaskVectors
 
+PACKAGES = ("torch", "transformers", "safetensors")
 Ids = Mapping[str, Mapping[int, int]]
 """Modality -> its numbers of tokens that the base lacks -> their new ones."""
 
@@ -57,83 +59,85 @@ def compose(
     base_language_model: folder or hub id of the language model that all specialists started from;
     specialists: modality -> folder, hub id, PEFT adapter or loaded model. The linear layers become
     base + scaling_coefficient * METHODS[method](task vectors), OptMerge with its preset `modality`
-    unless told otherwise; embeddings, norms and lm_head become the specialists' mean. `dtype`,
-    `trim`, `family` and `scope` mean what they do in `merge`: with `scope="all"` the whole language
-    model merges by the method, with `dtype` towers are stored in it too. Tokens that specialists
-    added get numbers of their own after the base's. `output_dir` then opens with
-    `OmniForConditionalGeneration.from_pretrained`; each specialist's configuration, tokenizer and
-    processor files lie in `specialists/<modality>`; `merge_report.json` and a model card say what
-    was merged.
+    unless told otherwise; embeddings, norms and lm_head become the specialists' mean, or with
+    `scope="all"` merge as well. `dtype`, of towers too, `trim` and `family` are those of `merge`.
+    Added tokens get numbers after the base's. `output_dir` opens with
+    `OmniForConditionalGeneration.from_pretrained`; `specialists/<modality>` in it has each one's
+    configuration, tokenizer and processor.
 
     Loop, checks, report and card are those of `merge`, but no `MergePlan` is made: specialists and
     their towers may come from memory, and the output has names and rows that the base has not.
 
     Raises `ValueError` (`CheckpointError` for files), and nothing is left at `output_dir`.
     """
-    device, dtype = parse_device(device), parse_dtype(dtype)
-    meter, options = Meter(device), with_preset(method, method_options, "modality")
+    chosen, stored = parse_device(device), parse_dtype(dtype)
+    meter, options = Meter(chosen), with_preset(method, method_options, "modality")
     check_request(specialists, method, options, scaling_coefficient, trim)
     check_output(output_dir, overwrite=overwrite)
-    chosen = {"family": family, "scope": scope}
-    models, opened = open_language_models(base_language_model, specialists, **chosen)
-    base, experts, names = models.base, models.experts, models.names
-    tokenizer = load_tokenizer(base.folder)
+    place = {"family": family, "scope": scope}
+    models, opened = open_language_models(base_language_model, specialists, **place)
+    tokenizer = load_tokenizer(models.base.folder)
     ids = reconcile(tokenizer, opened) if tokenizer else {modality: {} for modality in opened}
     check_placeholders(opened, ids)
-    thresholds = None
-    if trim == "model":
-        task_vectors = TaskVectors(base, experts, names, device)
-        thresholds = trim_thresholds_over_model(task_vectors, method, options, seed)
-    merger = ParameterMerger(
-        base,
-        experts,
-        {name: name for name in base},
-        {name: dtype or base.dtype(name) for name in base},
-        method=method,
-        options=options,
-        scaling_coefficient=scaling_coefficient,
-        seed=seed,
-        device=device,
-        thresholds=thresholds,
-        averaged=frozenset(base) - frozenset(names),
-    )
-    records: list[dict[str, Any]] = []
+    settings = {"method": method, "scaling_coefficient": scaling_coefficient, "seed": seed}
+    merger = _merger(models, stored, chosen, trim, options=options, **settings)
     with CheckpointWriter(output_dir, max_shard_size, overwrite=overwrite) as writer:
-        progress = tqdm(merger.results(base), f"merging ({method})", len(base), unit="parameter")
-        for name, tensor, made in progress:
-            records += [made] if made else []
-            if name in (EMBEDDINGS, HEAD):
-                tensor = with_added_rows(name, tensor, opened, ids)
-            bare = name.removeprefix("model.")
-            writer.add(HEAD if name == HEAD else f"language_model.{bare}", tensor)
-        for name, tensor in _towers(opened):
-            converts = dtype and tensor.is_floating_point()
-            writer.add(name, tensor.to(dtype) if converts else tensor)
+        records = _write_weights(writer, merger, opened, ids, stored)
         weights = writer.digests()
-        _write_side_files(writer, base, opened, ids, tokenizer, dtype)
+        _write_side_files(writer, models.base, opened, ids, tokenizer, stored)
         report = MergeReport(
-            output_dir=str(output_dir),
-            method=method,
-            method_options=options,
-            scaling_coefficient=scaling_coefficient,
-            trim=trim,
-            seed=seed,
-            dtype=dtype and dtype_name(dtype),
-            model_type=models.model_type,
-            family=family,
-            scope=scope,
-            base_model=describe(base_language_model, base),
+            output_dir=str(output_dir), method_options=options, trim=trim,
+            dtype=stored and dtype_name(stored), model_type=models.model_type,
+            base_model=describe(base_language_model, models.base),
             experts={m: _describe(specialists[m], s) for m, s in opened.items()},
-            parameters=records,
-            parameters_kept=len(base) - len(records),
-            weights=weights,
-            added_tokens=ids,
-            versions={p: version(p) for p in ("torch", "transformers", "safetensors")},
-            **meter.read(),
-        )
+            parameters=records, parameters_kept=len(models.base) - len(records), weights=weights,
+            added_tokens=ids, versions={package: version(package) for package in PACKAGES},
+            **settings, **place, **meter.read(),
+        )  # fmt: skip
         writer.write_text("merge_report.json", report.to_json())
         writer.write_text("README.md", omni_card(report))
     return Path(output_dir)
+
+
+def _merger(
+    models: Opened, dtype: torch.dtype | None, device: torch.device, trim: str, **settings: Any
+) -> ParameterMerger:
+    """Of the language models: what does not merge is averaged."""
+    base, thresholds = models.base, None
+    if trim == "model":
+        task_vectors = TaskVectors(base, models.experts, models.names, device)
+        chosen = (settings["method"], settings["options"], settings["seed"])
+        thresholds = trim_thresholds_over_model(task_vectors, *chosen)
+    return ParameterMerger(
+        base,
+        models.experts,
+        {name: name for name in base},
+        {name: dtype or base.dtype(name) for name in base},
+        device=device,
+        thresholds=thresholds,
+        averaged=frozenset(base) - frozenset(models.names),
+        **settings,
+    )
+
+
+def _write_weights(
+    writer: CheckpointWriter,
+    merger: ParameterMerger,
+    opened: Mapping[str, Specialist],
+    ids: Ids,
+    dtype: torch.dtype | None,
+) -> list[dict[str, Any]]:
+    """The language model with the rows of all added tokens, then the towers; returns records."""
+    records, base = [], merger.base
+    for name, tensor, made in tqdm(merger.results(base), "merging", len(base), unit="parameter"):
+        records += [made] if made else []
+        if name in (EMBEDDINGS, HEAD):
+            tensor = with_added_rows(name, tensor, opened, ids)
+        bare = name.removeprefix("model.")
+        writer.add(HEAD if name == HEAD else f"language_model.{bare}", tensor)
+    for name, tensor in _towers(opened):
+        writer.add(name, tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor)
+    return records
 
 
 def _towers(opened: Mapping[str, Specialist]) -> Iterator[tuple[str, Tensor]]:
