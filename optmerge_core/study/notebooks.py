@@ -37,14 +37,12 @@ def run(
     """Execute the numbered notebooks on one or several recipes; returns the executed copies.
 
     With `output_dir`, a recipe's figures and tables go to `output_dir/figures` and the executed
-    copies to `output_dir/notebooks` (of several recipes, to these in `output_dir/<name>`). Without
-    it they go to `figures/<name>` and `runs/<name>/notebooks` of the checkout, `name` being the
-    recipe's. Each notebook is given `recipe`, `output_dir` (the folder of the figures) and
-    `device`, the paths relative to the notebooks' folder, in which it runs as it does in
-    JupyterLab. A notebook runs on recipes that merge what the recipe it names itself merges,
-    capabilities or modalities. One whose parameters are `recipes` and `figure_dirs` compares: it
-    runs once, after all others, on several recipes that merge capabilities, as if on one named
-    `comparison`.
+    copies to `output_dir/notebooks` (of several recipes, to these in `output_dir/<name>`); without,
+    to `figures/<name>` and `runs/<name>/notebooks` of the checkout. Each notebook is given
+    `recipe`, `output_dir` (the folder of the figures) and `device`, the paths relative to the
+    notebooks' folder, in which it runs as it does in JupyterLab. It runs on recipes that merge what
+    its own does, capabilities or modalities. One whose parameters are `recipes` and `figure_dirs`
+    compares: it runs once, after all others, on several recipes that merge capabilities.
 
     Beside each study's executed copies lies `index.html`, which shows its notebooks, figures and
     tables; it is written anew after every notebook. Of several recipes in `output_dir`, one more
@@ -56,21 +54,44 @@ def run(
     """
     if isinstance(recipe_paths, str | Path):
         recipe_paths = [recipe_paths]
-    studies: dict[str, Path] = {}
-    merges: dict[str, str] = {}
-    for path in map(Path, recipe_paths):
-        recipe = load_recipe(path)
-        name = recipe.name
-        if name in studies:
-            raise ValueError(f"{path}: the name {name!r} is {studies[name].name}'s too; rename one")
-        if recipe.merges == "capabilities" and recipe.evaluation.data is None:
-            raise ValueError(
-                f"{path}: the notebooks ask questions: add evaluation: {{data: FOLDER}}, with "
-                "data/benchmark/questions or your own as in README.md; `inspect`, `merge` and "
-                "`run --sweep` need none"
-            )
-        studies[name], merges[name] = path.resolve(), recipe.merges
+    studies = _studies(recipe_paths)
     folder = Path(notebooks_dir or CHECKOUT / "notebooks").resolve()
+    takes, comparing = _notebooks(folder)
+    executed: list[Path] = []
+    pages: dict[str, Path] = {}
+    compared: dict[str, list[Path]] = {}  # name -> its executed copies
+
+    def folders(name: str) -> tuple[Path, Path]:
+        """Where figures and executed copies of a study go; its page is listed from now on."""
+        if output_dir is None:
+            return folder.parent / "figures" / name, folder.parent / "runs" / name / "notebooks"
+        out = Path(output_dir).resolve() / (name if len(studies) > 1 else "")
+        pages[name] = out / "index.html"
+        if len(studies) > 1:
+            write_contents(out.parent / "index.html", "Studies", pages)
+        return out / "figures", out / "notebooks"
+
+    for name, (path, merges) in studies.items():
+        given = {"recipe": _relative(path, folder), "device": device}
+        alone = [notebook for notebook, kind in takes.items() if kind == merges]
+        if not alone:
+            raise ValueError(f"{path.name}: no notebook in {_shown(folder)} merges {merges}")
+        executed += (done := _run_all(name, alone, given, *folders(name), [path]))
+        compared |= {name: done} if merges == "capabilities" else {}
+    if len(compared) > 1 and comparing:
+        recipes = [studies[name][0] for name in compared]
+        given = {
+            "recipes": [_relative(path, folder) for path in recipes],
+            "figure_dirs": [_relative(folders(name)[0], folder) for name in compared],
+            "device": device,
+        }
+        there, inputs = folders("comparison"), [x for done in compared.values() for x in done]
+        executed += _run_all("comparison", comparing, given, *there, recipes, inputs)
+    return executed
+
+
+def _notebooks(folder: Path) -> tuple[dict[Path, str], list[Path]]:
+    """The numbered notebooks: those of one recipe -> what they merge, and those that compare."""
     notebooks = sorted(folder.glob("[0-9]*.ipynb"))
     if not notebooks:
         raise ValueError(
@@ -78,48 +99,26 @@ def run(
             "installed with `make setup`, not the package alone"
         )
     comparing = [notebook for notebook in notebooks if _parameter(notebook, "recipes")]
-    takes = {notebook: _merges(notebook) for notebook in notebooks if notebook not in comparing}
-    several = len(studies) > 1
+    return {path: _merges(path) for path in notebooks if path not in comparing}, comparing
 
-    def folders(name: str) -> tuple[Path, Path]:
-        if output_dir is None:
-            return folder.parent / "figures" / name, folder.parent / "runs" / name / "notebooks"
-        out = Path(output_dir).resolve() / (name if several else "")
-        return out / "figures", out / "notebooks"
 
-    executed: list[Path] = []
-    pages: dict[str, Path] = {}
-    compared: list[str] = []
-    compared_copies: list[Path] = []
-
-    def list_page(name: str) -> None:
-        pages[name] = folders(name)[1].parent / "index.html"
-        if output_dir is not None and several:
-            write_contents(Path(output_dir).resolve() / "index.html", "Studies", pages)
-
-    for name, path in studies.items():
-        figures, copies = folders(name)
-        given = {"recipe": _relative(path, folder), "device": device}
-        alone = [notebook for notebook, kind in takes.items() if kind == merges[name]]
-        if not alone:
-            raise ValueError(f"{path.name}: no notebook in {_shown(folder)} merges {merges[name]}")
-        list_page(name)
-        executed += (done := _run_all(name, alone, given, figures, copies, [path]))
-        if merges[name] == "capabilities":
-            compared.append(name)
-            compared_copies += done
-    if len(compared) > 1 and comparing:
-        list_page("comparison")
-        given = {
-            "recipes": [_relative(studies[name], folder) for name in compared],
-            "figure_dirs": [_relative(folders(name)[0], folder) for name in compared],
-            "device": device,
-        }
-        recipes = [studies[name] for name in compared]
-        executed += _run_all(
-            "comparison", comparing, given, *folders("comparison"), recipes, compared_copies
-        )
-    return executed
+def _studies(recipe_paths: Sequence[str | Path]) -> dict[str, tuple[Path, str]]:
+    """Name -> (recipe, what it merges). Raises `ValueError` for what the notebooks cannot run."""
+    studies: dict[str, tuple[Path, str]] = {}
+    for path in map(Path, recipe_paths):
+        recipe = load_recipe(path)
+        name = recipe.name
+        if name in studies:
+            other = studies[name][0].name
+            raise ValueError(f"{path}: the name {name!r} is {other}'s too; rename one")
+        if recipe.merges == "capabilities" and recipe.evaluation.data is None:
+            raise ValueError(
+                f"{path}: the notebooks ask questions: add evaluation: {{data: FOLDER}}, with "
+                "data/benchmark/questions or your own as in README.md; `inspect`, `merge` and "
+                "`run --sweep` need none"
+            )
+        studies[name] = path.resolve(), recipe.merges
+    return studies
 
 
 def _run_all(
