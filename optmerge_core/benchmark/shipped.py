@@ -6,12 +6,10 @@ import pandas as pd
 
 from optmerge_core.checkpoints.formats import read_json
 
-SHIPPED_FOLDER = Path(__file__).resolve().parents[2] / "data" / "benchmark"
-
 
 def is_shipped(study):
     """Whether the study is one that the notebooks' texts and the shipped scores are about."""
-    return Path(study.base_model).resolve().parent == SHIPPED_FOLDER / study.name
+    return Path(study.base_model).resolve().parts[-4:-1] == ("data", "benchmark", study.name)
 
 
 def is_published(study):

@@ -17,8 +17,8 @@ import pandas as pd
 
 from optmerge_core.checkpoints.formats import read_json
 from optmerge_core.figures import markdown, paper_table
+from optmerge_core.places import checkout
 
-PAPER = Path(__file__).resolve().parents[2] / "data" / "paper"
 TABLES = {
     "2": ("table2_internvl25_1b_full_finetuning", "InternVL2.5-1B, full fine-tuning"),
     "3": ("table3_qwen2vl_7b_lora", "Qwen2-VL-7B, LoRA"),
@@ -219,11 +219,16 @@ def tasks(table: str = "2") -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("benchmark")
 
 
-def columns(table: str) -> list[str]:
-    """The benchmarks of one of the paper's tables. Raises `ValueError` for a key not in TABLES."""
+def published(table: str) -> pd.DataFrame:
+    """One of the paper's tables. Raises `ValueError` for a key not in TABLES."""
     if table not in TABLES:
         raise ValueError(f"table {table!r}: the paper's tables here are {', '.join(TABLES)}")
-    return [name for name in paper_table(PAPER, TABLES[table][0]) if name != "Avg"]
+    return paper_table(checkout() / "data" / "paper", TABLES[table][0])
+
+
+def columns(table: str) -> list[str]:
+    """The benchmarks of one of the paper's tables."""
+    return [name for name in published(table) if name != "Avg"]
 
 
 def _notes(chosen: dict[str, Benchmark]) -> list[str]:

@@ -14,8 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from optmerge_core.evaluation.public_benchmarks import BENCHMARKS, PAPER, TABLES, columns
-from optmerge_core.figures import paper_table
+from optmerge_core.evaluation.public_benchmarks import BENCHMARKS, columns, published
 
 OTHER_MEASURE = "over all questions, where the paper averages its geometry parts"
 OLD_METRICS = {"llm_as_judge_eval": "gpt_eval_score"}  # in earlier versions of lmms-eval
@@ -64,27 +63,24 @@ def read_results(paths: str | Path | Iterable[str | Path]) -> pd.DataFrame:
     return table.reset_index(drop=True)
 
 
-def beside_paper(
-    results: pd.DataFrame, table: str = "2", row: str = "OptMerge", folder: str | Path = PAPER
-) -> pd.DataFrame:
+def beside_paper(results: pd.DataFrame, table: str = "2", row: str = "OptMerge") -> pd.DataFrame:
     """A table of the paper's form: its row, then each model's results and their difference to it.
 
     `results` as from `read_results`; those that differ in what they measure are left out. Avg only
     where no benchmark is missing. Raises `ValueError` for an unknown row or no result of the table.
     """
-    wanted = columns(table)
-    published = paper_table(folder, TABLES[table][0])
-    if row not in published.index:
-        raise ValueError(f"Table {table} has no row {row!r}; it has {', '.join(published.index)}")
+    wanted, theirs = columns(table), published(table)
+    if row not in theirs.index:
+        raise ValueError(f"Table {table} has no row {row!r}; it has {', '.join(theirs.index)}")
     usable = results[(results["differs"] == "") & results["benchmark"].isin(wanted)]
     if usable.empty:
         raise ValueError(
             f"no comparable result among Table {table}'s benchmarks ({', '.join(wanted)})"
         )
     here = usable.pivot(index="model", columns="benchmark", values="value").reindex(columns=wanted)
-    if "Avg" in published:
+    if "Avg" in theirs:
         here["Avg"] = here.mean(axis=1, skipna=False)
-    paper = published.loc[row, here.columns]
+    paper = theirs.loc[row, here.columns]
     rows = {f"{row} (paper)": paper}
     for model, values in here.iterrows():
         rows |= {model: values, f"{model}, difference": values - paper}

@@ -18,10 +18,9 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
+from optmerge_core.places import checkout
 from optmerge_core.study.index_page import write_contents, write_index
 from optmerge_core.study.recipe import load_recipe
-
-CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 class NotebookError(RuntimeError):
@@ -55,7 +54,7 @@ def run(
     if isinstance(recipe_paths, str | Path):
         recipe_paths = [recipe_paths]
     studies = _studies(recipe_paths)
-    folder = Path(notebooks_dir or CHECKOUT / "notebooks").resolve()
+    folder = Path(notebooks_dir or checkout() / "notebooks").resolve()
     takes, comparing = _notebooks(folder)
     executed: list[Path] = []
     pages: dict[str, Path] = {}

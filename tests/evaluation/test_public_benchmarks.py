@@ -10,13 +10,12 @@ from optmerge_core.__main__ import main
 from optmerge_core.evaluation.public_benchmarks import (
     BENCHMARKS,
     NOTES,
-    PAPER,
     TABLES,
     columns,
     hand_off,
+    published,
     tasks,
 )
-from optmerge_core.figures import paper_table
 
 
 def model(folder, model_type):
@@ -49,7 +48,7 @@ def test_every_column_of_the_papers_tables_is_known():
 def test_the_papers_math_vision_is_the_mean_of_four_parts():
     """Four subjects of 19 questions each: every number is so many out of 76, as all of 304 were."""
     for table in ("2", "3", "9"):
-        of_76 = paper_table(PAPER, TABLES[table][0])["MATH-Vision"] * 0.76
+        of_76 = published(table)["MATH-Vision"] * 0.76
         assert ((of_76 - of_76.round()).abs() < 0.01).all()
     assert len(BENCHMARKS["MATH-Vision"].rows) == 4
 
