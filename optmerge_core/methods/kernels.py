@@ -1,8 +1,8 @@
 """Triton kernels for entrywise merging on a GPU: every input is read once, the result written once.
 
 A program loads a tile of all experts, (experts, TILE) entries, and leaves only the merged ones. The
-same in torch, which is what they are tested against, takes a dozen passes (`methods.ties`,
-`methods.dare`). Needs the package triton, which torch brings where it supports CUDA.
+same in torch, which is what they are tested against, takes a dozen passes (`ties.ties`,
+`dare.dare`). Needs the package triton, which torch brings where it supports CUDA.
 """
 
 import torch
@@ -54,7 +54,7 @@ def _dare_kernel(
 
 
 def ties(task_vectors: Tensor, thresholds: Tensor) -> Tensor:
-    """`methods.ties` with given thresholds (experts,): (experts, *shape) -> (*shape), float32.
+    """`ties.ties` with given thresholds (experts,): (experts, *shape) -> (*shape), float32.
 
     Where experts cancel exactly, which is rare, a second round decides by the whole tensor's
     majority sign.
@@ -80,7 +80,7 @@ def ties(task_vectors: Tensor, thresholds: Tensor) -> Tensor:
 
 
 def dare_sum(task_vectors: Tensor, kept: Tensor, drop_rate: float) -> Tensor:
-    """The sum of what `methods.dare` leaves: (experts, *shape) and where to keep -> (*shape).
+    """The sum of what `dare.dare` leaves: (experts, *shape) and where to keep -> (*shape).
 
     kept: bool, the shape of the task vectors.
     """

@@ -51,7 +51,7 @@ def evaluators(study):
 def evaluate(study, experts, validation, test):
     """Test accuracy of the experts, every method and variant, scaled by validation data.
 
-    The variants are Table 4's steps and those of `selection.beyond`. The recipe's references
+    The variants are Table 4's steps and those of `variants.beyond`. The recipe's references
     (mixture training) and the base model do not depend on the seed, but stand in every seed's rows.
     """
     opened = open_study(study, experts=experts)
