@@ -85,7 +85,7 @@ def test_environment_takes_the_same_pins_and_python():
 def test_every_import_of_the_core_is_declared():
     declared = {
         canonicalize_name(Requirement(text).name) for text in read_project()["dependencies"]
-    } | {"papermill", "nbformat", "traitlets"}  # the extra `notebooks`, for study/notebooks.py alone
+    } | {"papermill", "nbformat", "traitlets"}  # the extra `notebooks`
     declared |= {"triton"}  # comes with torch where there is CUDA, for kernels.py alone
     distributions = packages_distributions()
     for path in (ROOT / "optmerge_core").rglob("*.py"):

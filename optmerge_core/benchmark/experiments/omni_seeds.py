@@ -2,8 +2,8 @@
 
 `python -m optmerge_core.benchmark.omni_seeds RECIPE OUT` merges and evaluates the specialists of
 every seed as notebook 04 does (the shipped seed's from the recipe, the others', trained by
-`training/omni.py`, from OUT/seed<n>) and writes OUT/seeds.csv: a row per seed and model, test accuracy
-per kind of question.
+`training/omni.py`, from OUT/seed<n>) and writes OUT/seeds.csv: a row per seed and model, test
+accuracy per kind of question.
 """
 
 import argparse
