@@ -1,4 +1,4 @@
-"""Device, dtype, threads, memory: work on many parameters at once, and what it takes."""
+"""Devices, dtypes, threads, memory: work on many parameters at once, and what it takes."""
 
 from __future__ import annotations
 

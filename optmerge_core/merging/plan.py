@@ -76,17 +76,6 @@ def open_models(
     return Opened(base, opened, names, tied, model_type)
 
 
-def names_to_merge(study, base, experts, scope=None):
-    """The parameters that `merge` merges by the recipe's scope (or another), in the files' order.
-
-    base, experts: opened checkpoints. Raises `ValueError` for experts that are none of this base.
-    """
-    model_type, scope = study.family or base.config().get("model_type"), scope or study.scope
-    tied = tied_head(base) if scope == "all" else {}
-    names = [name for name in mergeable(base.shapes(), model_type, scope) if name not in tied]
-    return check_experts(base, experts, names, model_type)
-
-
 @dataclass(frozen=True)
 class Part:
     """A run of parameters that is merged at once, into a file of its own."""

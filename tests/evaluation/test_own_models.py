@@ -27,7 +27,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from optmerge_core import load_recipe, open_checkpoint, open_expert
+from optmerge_core import load_recipe, open_checkpoint
 from optmerge_core.benchmark.evaluator import EmbeddedEvaluator, evaluator_for
 from optmerge_core.benchmark.models.tokenizer import PIECES, word_level
 from optmerge_core.benchmark.tasks.samples import TASKS
@@ -37,7 +37,7 @@ from optmerge_core.evaluation.evaluator import Evaluator, load_model
 from optmerge_core.evaluation.questions import load_split
 from optmerge_core.evaluation.selection import MergedTaskVectors
 from optmerge_core.merging.loop import merge_tensors
-from optmerge_core.merging.plan import names_to_merge
+from optmerge_core.study.open import open_study
 
 QUESTIONS = Path("data/benchmark/questions").resolve()
 EXPERTS = ("maths", "charts", "scenes")
@@ -160,12 +160,11 @@ def own(request, tmp_path_factory):
     recipe = root / "own.yaml"
     models = [{"model": name} for name in EXPERTS]
     recipe.write_text(yaml.safe_dump({"base_model": "base", "models": models}))
-    base = open_checkpoint(folder)
-    experts = {name: open_expert(root / name, base) for name in EXPERTS}
+    study = open_study(load_recipe(recipe))
     return SimpleNamespace(
-        base=base,
-        experts=experts,
-        names=names_to_merge(load_recipe(recipe), base, experts),
+        base=study.base,
+        experts=study.experts,
+        names=study.names,
         evaluator=Evaluator(folder, load_split(QUESTIONS, "validation", 2), device="cpu"),
     )
 

@@ -125,7 +125,7 @@ def test_the_page_is_there_after_every_notebook(study, monkeypatch):
 
 
 def test_default_folders(study, instant, monkeypatch):
-    monkeypatch.setattr(pipeline, "CHECKOUT", study)
+    monkeypatch.setattr(pipeline, "checkout", lambda: study)
     executed = run("study.yaml")
     assert (study / "runs" / "study" / "index.html").is_file()
     assert executed[0] == study / "runs" / "study" / "notebooks" / "00_first.ipynb"
@@ -158,7 +158,7 @@ def test_several_recipes_then_the_comparison(study, instant, monkeypatch):
     run(["study.yaml", "other.yaml"], "out", "cpu", "notebooks")
     assert instant == ["01", "02"]
     instant.clear()
-    monkeypatch.setattr(pipeline, "CHECKOUT", study)
+    monkeypatch.setattr(pipeline, "checkout", lambda: study)
     assert main(["run", "study.yaml", "other.yaml"]) == 0
     assert (study / "figures" / "comparison").is_dir() and instant[-1] == "02"
     instant.clear()
@@ -202,7 +202,7 @@ def test_failure_names_notebook_and_cell_and_leaves_no_finished_copy(study, monk
     page = Path("out", "index.html").read_text()
     assert 'href="notebooks/01_second.failed.ipynb">failed' in page
 
-    monkeypatch.setattr(pipeline, "CHECKOUT", study)
+    monkeypatch.setattr(pipeline, "checkout", lambda: study)
     assert main(["run", "study.yaml", "--output", "out"]) == 1
     assert "error: 01_second.ipynb, cell 5" in capsys.readouterr().err
 

@@ -1,12 +1,11 @@
 """The modality study for every training seed: how far do Table 5's results scatter?
 
-`python -m optmerge_core.benchmark.omni_seeds RECIPE OUT` merges and evaluates the specialists of
+`python -m optmerge_core.benchmark omni-seeds RECIPE OUT` merges and evaluates the specialists of
 every seed as notebook 04 does (the shipped seed's from the recipe, the others', trained by
-`training/omni.py`, from OUT/seed<n>) and writes OUT/seeds.csv: a row per seed and model, test
-accuracy per kind of question.
+`omni-train`, from OUT/seed<n>) and writes OUT/seeds.csv: a row per seed and model, test accuracy
+per kind of question.
 """
 
-import argparse
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -79,7 +78,7 @@ def evaluate(study, specialists, decoupled, validation, test):
     return pd.DataFrame(rows).T.rename_axis("model")
 
 
-def main(recipe, output, seeds):
+def main(recipe, output, seeds=(SHIPPED_SEED, *OTHERS)):
     study, tables = load_recipe(recipe), {}
     counts = {
         "validation": study.evaluation.validation_samples,
@@ -94,11 +93,3 @@ def main(recipe, output, seeds):
             decoupled = {m: str(folder / "decoupled" / m) for m in decoupled}
         tables[seed] = evaluate(study, specialists, decoupled, *questions)
     pd.concat(tables, names=["seed"]).round(4).to_csv(Path(output, "seeds.csv"))
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe")
-    parser.add_argument("output")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[SHIPPED_SEED, *OTHERS])
-    main(**vars(parser.parse_args()))

@@ -1,11 +1,10 @@
 """Is it the rank? The LoRA study again with adapters of other ranks, and without adapters.
 
-`python -m optmerge_core.benchmark.ranks RECIPE OUT` fine-tunes the recipe's base on every task, for
+`python -m optmerge_core.benchmark ranks RECIPE OUT` fine-tunes the recipe's base on every task, for
 each rank and once with all weights of the same layers (ten minutes each on two cores), merges and
 evaluates as `seeds` does, and writes OUT/ranks.csv: a row per rank and model, test accuracy a task.
 """
 
-import argparse
 from pathlib import Path
 
 import pandas as pd
@@ -41,10 +40,3 @@ def main(recipe, output):
         tables[name] = evaluate(study, experts, validation, test)
     Path(output).mkdir(parents=True, exist_ok=True)
     pd.concat(tables, names=["rank"]).round(4).to_csv(Path(output, "ranks.csv"))
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe")
-    parser.add_argument("output")
-    main(**vars(parser.parse_args()))

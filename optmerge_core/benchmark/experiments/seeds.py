@@ -1,11 +1,10 @@
 """The merging study for experts of other training seeds: how far do the results scatter?
 
-`python -m optmerge_core.benchmark.seeds RECIPE OUT` trains the recipe's experts anew for every seed
+`python -m optmerge_core.benchmark seeds RECIPE OUT` trains the recipe's experts anew for every seed
 but the shipped one (about ten minutes each on two cores), merges and evaluates them as notebook 05
 does, and writes OUT/seeds.csv: one row per seed and model, accuracy per task on test data.
 """
 
-import argparse
 import shutil
 from pathlib import Path
 
@@ -75,7 +74,7 @@ def evaluate(study, experts, validation, test):
     return pd.DataFrame(rows).T.rename_axis("model")
 
 
-def main(recipe, output, seeds):
+def main(recipe, output, seeds=(SHIPPED_SEED, *OTHERS)):
     study, tables = load_recipe(recipe), {}
     validation, test = evaluators(study)
     for seed in tqdm(seeds, desc="seeds"):
@@ -84,12 +83,3 @@ def main(recipe, output, seeds):
     table = pd.concat(tables, names=["seed"]).round(4)
     Path(output).mkdir(parents=True, exist_ok=True)
     table.to_csv(Path(output, "seeds.csv"))
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe")
-    parser.add_argument("output")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[SHIPPED_SEED, *OTHERS])
-    arguments = parser.parse_args()
-    main(arguments.recipe, arguments.output, arguments.seeds)

@@ -1,11 +1,10 @@
 """Which sets of experts merge? Every pair, triple and all of them, merged with nothing chosen.
 
-`python -m optmerge_core.benchmark.subsets RECIPE... --output OUT` writes OUT/subsets.csv (a quarter
+`python -m optmerge_core.benchmark subsets RECIPE... --output OUT` writes OUT/subsets.csv (a quarter
 of an hour on two cores for the shipped recipes): validation accuracy of base, experts and merged
 models on the tasks of the experts in the set. Notebook 01 sets it beside what `inspect` measures.
 """
 
-import argparse
 import json
 from itertools import combinations
 from pathlib import Path
@@ -71,11 +70,7 @@ def score_sets(study, count=300):
     return pd.DataFrame(rows)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipes", nargs="+")
-    parser.add_argument("--output", required=True)
-    arguments = parser.parse_args()
-    Path(arguments.output).mkdir(parents=True, exist_ok=True)
-    table = pd.concat([score_sets(load_recipe(path)) for path in arguments.recipes])
-    table.round(4).to_csv(Path(arguments.output, "subsets.csv"), index=False)
+def main(recipes, output):
+    Path(output).mkdir(parents=True, exist_ok=True)
+    table = pd.concat([score_sets(load_recipe(path)) for path in recipes])
+    table.round(4).to_csv(Path(output, "subsets.csv"), index=False)

@@ -4,7 +4,6 @@ Everything is drawn on the fly from fixed seeds. Experts and mixture models trai
 model's linear layers only, so all that they learnt is in what merging merges.
 """
 
-import argparse
 import copy
 import json
 import math
@@ -293,13 +292,3 @@ def build(output, family="internvl", only=None, seed=1, width=1):
         save(model, processor, folder, base)
         write_log(folder, settings, losses, started)
     return output
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("output")
-    parser.add_argument("--family", choices=list(REGIMES), default="internvl")
-    parser.add_argument("--only", help="base, or the folder of one model, as gentle/VQA")
-    parser.add_argument("--seed", type=int, default=1, help="of the experts (default: as shipped)")
-    parser.add_argument("--width", type=int, default=1, help="2: four times the parameters")
-    build(**vars(parser.parse_args()))

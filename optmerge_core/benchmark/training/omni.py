@@ -7,7 +7,6 @@ modality; no training example ever has two as inputs, but others may be told in 
 LLaVA's instructions come with text. That ties each modality to the same words.
 """
 
-import argparse
 import time
 from itertools import chain, count, product
 from pathlib import Path
@@ -243,11 +242,3 @@ def build(output, seeds=SEEDS, modalities=MODALITIES):
             save(model, None, folder, specialist)
             write_log(folder, settings, losses, started)
     return output
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("output")
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--modalities", nargs="+", choices=MODALITIES, default=list(MODALITIES))
-    build(**vars(parser.parse_args()))

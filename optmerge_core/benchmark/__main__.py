@@ -1,0 +1,60 @@
+"""python -m optmerge_core.benchmark train | omni-train | seeds | omni-seeds | subsets | ranks.
+
+What made the shipped checkpoints and the tables of longer experiments; each takes minutes to hours.
+"""
+
+import argparse
+from collections.abc import Sequence
+from importlib import import_module
+
+COMMANDS = {
+    "train": "training.experts:build",
+    "omni-train": "training.omni:build",
+    "seeds": "experiments.seeds:main",
+    "omni-seeds": "experiments.omni_seeds:main",
+    "subsets": "experiments.subsets:main",
+    "ranks": "experiments.ranks:main",
+}
+"""Command -> its file and function, imported when it is asked for."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = vars(parser().parse_args(arguments))
+    file, function = COMMANDS[options.pop("command")].split(":")
+    given = {name: value for name, value in options.items() if value is not None}
+    getattr(import_module(f"optmerge_core.benchmark.{file}"), function)(**given)
+
+
+def parser() -> argparse.ArgumentParser:
+    """An option that is not given is the function's own default."""
+    whole = argparse.ArgumentParser("python -m optmerge_core.benchmark", description=__doc__)
+    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, text: str, *names: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        for positional in names:
+            sub.add_argument(positional, metavar=positional.upper())
+        return sub
+
+    sub = add("train", "train a family's base, experts and mixture models into OUTPUT", "output")
+    sub.add_argument("--family", help="internvl (default) or qwen2_vl")
+    sub.add_argument("--only", help="base, or the folder of one model, as gentle/VQA")
+    sub.add_argument("--seed", type=int, help="of the experts (default: as shipped)")
+    sub.add_argument("--width", type=int, help="2: four times the parameters")
+    sub = add("omni-train", "train the Omni benchmark's models into OUTPUT", "output")
+    sub.add_argument("--seeds", nargs="+", type=int)
+    sub.add_argument("--modalities", nargs="+", help="vision, audio, video (default: all)")
+    for name, text in {
+        "seeds": "train, merge and evaluate RECIPE's experts for other seeds: OUTPUT/seeds.csv",
+        "omni-seeds": "merge and evaluate RECIPE's specialists of all seeds: OUTPUT/seeds.csv",
+    }.items():
+        add(name, text, "recipe", "output").add_argument("--seeds", nargs="+", type=int)
+    sub = add("subsets", "merge every pair and triple of experts: OUTPUT/subsets.csv")
+    sub.add_argument("recipes", metavar="RECIPE", nargs="+")
+    sub.add_argument("--output", required=True)
+    add("ranks", "RECIPE's study with other ranks, and none: OUTPUT/ranks.csv", "recipe", "output")
+    return whole
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+import re
+from importlib import import_module
+from inspect import signature
+from pathlib import Path
+
+import pytest
+
+from optmerge_core.benchmark.__main__ import COMMANDS, main, parser
+
+ROOT = Path(__file__).resolve().parents[2]
+GIVEN = {
+    "train": "out --family qwen2_vl --only gentle/VQA --seed 2 --width 2",
+    "omni-train": "out --seeds 1 2 --modalities vision audio",
+    "seeds": "recipe out --seeds 1 2",
+    "omni-seeds": "recipe out --seeds 1 2",
+    "subsets": "one two --output out",
+    "ranks": "recipe out",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_is_given_reaches_the_function(command, monkeypatch):
+    file, name = COMMANDS[command].split(":")
+    module, reached = import_module(f"optmerge_core.benchmark.{file}"), []
+    parameters = signature(getattr(module, name)).parameters
+    monkeypatch.setattr(module, name, lambda **given: reached.append(given))
+    main([command, *GIVEN[command].split()])
+    assert reached[0].keys() == parameters.keys()
+    needed = [p for p in parameters.values() if p.default is p.empty]
+    least = "one --output out" if command == "subsets" else " ".join(["x"] * len(needed))
+    main([command, *least.split()])
+    assert reached[1].keys() == {p.name for p in needed}  # all else is the function's default
+
+
+def test_every_command_that_is_written_somewhere_exists():
+    texts = [ROOT / "README.md", *ROOT.glob("notebooks/**/*.ipynb")]
+    texts += (ROOT / "optmerge_core").rglob("*.py")
+    written = {
+        found
+        for path in texts
+        for found in re.findall(r"-m optmerge_core\.benchmark([ .][\w-]+)", path.read_text())
+    }
+    assert {f" {command}" for command in ("train", "seeds", "subsets", "ranks")} <= written
+    assert {word.strip(" ") for word in written} <= COMMANDS.keys()
+
+
+def test_a_command_that_there_is_not(capsys):
+    with pytest.raises(SystemExit):
+        parser().parse_args(["trian"])
+    assert "invalid choice: 'trian'" in capsys.readouterr().err
