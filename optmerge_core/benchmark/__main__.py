@@ -16,6 +16,7 @@ COMMANDS = {
     "ranks": "experiments.ranks:main",
 }
 """Command -> its file and function, imported when it is asked for."""
+FAMILIES, MODALITIES = ("internvl", "qwen2_vl"), ("vision", "audio", "video")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,13 +38,13 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     sub = add("train", "train a family's base, experts and mixture models into OUTPUT", "output")
-    sub.add_argument("--family", help="internvl (default) or qwen2_vl")
+    sub.add_argument("--family", choices=FAMILIES, help="default: internvl")
     sub.add_argument("--only", help="base, or the folder of one model, as gentle/VQA")
     sub.add_argument("--seed", type=int, help="of the experts (default: as shipped)")
     sub.add_argument("--width", type=int, help="2: four times the parameters")
     sub = add("omni-train", "train the Omni benchmark's models into OUTPUT", "output")
     sub.add_argument("--seeds", nargs="+", type=int)
-    sub.add_argument("--modalities", nargs="+", help="vision, audio, video (default: all)")
+    sub.add_argument("--modalities", nargs="+", choices=MODALITIES, help="default: all")
     for name, text in {
         "seeds": "train, merge and evaluate RECIPE's experts for other seeds: OUTPUT/seeds.csv",
         "omni-seeds": "merge and evaluate RECIPE's specialists of all seeds: OUTPUT/seeds.csv",

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from optmerge_core.benchmark.__main__ import COMMANDS, main, parser
+from optmerge_core.benchmark.__main__ import COMMANDS, FAMILIES, MODALITIES, main, parser
+from optmerge_core.benchmark.models import omni
+from optmerge_core.benchmark.models.registry import EMBEDDED_FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
 GIVEN = {
@@ -44,7 +46,14 @@ def test_every_command_that_is_written_somewhere_exists():
     assert {word.strip(" ") for word in written} <= COMMANDS.keys()
 
 
-def test_a_command_that_there_is_not(capsys):
+@pytest.mark.parametrize(
+    "words", ["trian", "train out --family qwen", "omni-train out --modalities touch"]
+)
+def test_what_there_is_not(words, capsys):
     with pytest.raises(SystemExit):
-        parser().parse_args(["trian"])
-    assert "invalid choice: 'trian'" in capsys.readouterr().err
+        parser().parse_args(words.split())
+    assert f"invalid choice: '{words.split()[-1]}'" in capsys.readouterr().err
+
+
+def test_what_may_be_chosen_is_what_can_be_trained():
+    assert FAMILIES == tuple(EMBEDDED_FAMILIES) and MODALITIES == omni.MODALITIES

@@ -11,13 +11,14 @@ from optmerge_core.benchmark.evaluator import evaluator_for
 from optmerge_core.benchmark.experiments import ranks, seeds
 from optmerge_core.benchmark.experiments.variants import ablation, beyond
 from optmerge_core.benchmark.tasks.samples import TASKS
+from optmerge_core.benchmark.training.experts import SEEDS
 from optmerge_core.evaluation.questions import load_split
 
 
 @pytest.mark.parametrize("family", ["internvl", "qwen2_vl"])
 def test_the_shipped_table_has_three_seeds_of_every_method(family):
     table = pd.read_csv(f"data/benchmark/{family}/seeds.csv", index_col=["seed", "model"])
-    for seed in (seeds.SHIPPED_SEED, *seeds.OTHERS):
+    for seed in SEEDS:
         assert {"base_model", "mixture", *TASKS, *METHODS} <= set(table.loc[seed].index)
     average = table[list(TASKS)].mean(axis=1)
     pd.testing.assert_series_equal(average, table["Avg"], check_names=False, atol=1e-3)
@@ -28,7 +29,7 @@ def test_evaluate_has_a_row_for_every_model(monkeypatch):
     monkeypatch.setattr(seeds, "METHODS", {m: METHODS[m] for m in ("weight_average", "tsv")})
     few = study.model_copy(update={"scaling_coefficients": [1.0, 3.0]})
     questions = evaluator_for(study.base_model, load_split(study.evaluation.data, "validation", 8))
-    experts = seeds.expert_folders(few, "not made", seeds.SHIPPED_SEED)
+    experts = seeds.expert_folders(few, "not made", SEEDS[0])
     assert experts == study.experts
     table = seeds.evaluate(few, experts, questions, questions)
     variants = [step for step in ablation(study) if step.startswith("+")] + list(beyond())

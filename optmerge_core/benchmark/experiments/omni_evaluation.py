@@ -22,7 +22,7 @@ from optmerge_core.benchmark.tasks.clips import NEEDS, clip, questions
 from optmerge_core.omni import OmniForConditionalGeneration
 
 MAX_NEW_TOKENS = 4
-SPLITS = {"validation": 301, "test": 302}
+SPLIT_SEEDS = {"validation": 301, "test": 302}
 """Split -> seed of its clips; training draws from other seeds."""
 
 
@@ -45,7 +45,7 @@ def draw_questions(split, count):
     found = {kind: [] for kind in NEEDS}
     index = 0
     while any(len(rows) < count for rows in found.values()):
-        rng = np.random.default_rng([SPLITS[split], 12, index])
+        rng = np.random.default_rng([SPLIT_SEEDS[split], 12, index])
         item = clip(rng)
         open_kinds = [k for k in NEEDS if len(found[k]) < count]
         asked = [q for q in questions(item) if q[2] in open_kinds and takes_all(item, q[2])]

@@ -17,7 +17,8 @@ from optmerge_core.benchmark.experiments.omni_evaluation import (
     accuracies,
     draw_questions,
 )
-from optmerge_core.benchmark.experiments.seeds import OTHERS, SHIPPED_SEED
+from optmerge_core.benchmark.experiments.seeds import write
+from optmerge_core.benchmark.training.experts import SEEDS
 from optmerge_core.evaluation.selection import best_scaling, search_scaling
 from optmerge_core.methods.registry import METHODS
 from optmerge_core.omni import compose
@@ -78,7 +79,7 @@ def evaluate(study, specialists, decoupled, validation, test):
     return pd.DataFrame(rows).T.rename_axis("model")
 
 
-def main(recipe, output, seeds=(SHIPPED_SEED, *OTHERS)):
+def main(recipe, output, seeds=SEEDS):
     study, tables = load_recipe(recipe), {}
     counts = {
         "validation": study.evaluation.validation_samples,
@@ -87,9 +88,9 @@ def main(recipe, output, seeds=(SHIPPED_SEED, *OTHERS)):
     questions = [draw_questions(split, count) for split, count in counts.items()]
     for seed in tqdm(seeds, desc="seeds"):
         specialists, decoupled = study.experts, study.evaluation.references
-        if seed != SHIPPED_SEED:
+        if seed != SEEDS[0]:
             folder = Path(output, f"seed{seed}")
             specialists = {m: str(folder / m) for m in specialists}
             decoupled = {m: str(folder / "decoupled" / m) for m in decoupled}
         tables[seed] = evaluate(study, specialists, decoupled, *questions)
-    pd.concat(tables, names=["seed"]).round(4).to_csv(Path(output, "seeds.csv"))
+    write(tables, "seed", Path(output, "seeds.csv"))

@@ -7,12 +7,11 @@ evaluates as `seeds` does, and writes OUT/ranks.csv: a row per rank and model, t
 
 from pathlib import Path
 
-import pandas as pd
 from tqdm.auto import tqdm
 
-from optmerge_core.benchmark.experiments.seeds import SHIPPED_SEED, evaluate, evaluators
+from optmerge_core.benchmark.experiments.seeds import evaluate, evaluators, write
 from optmerge_core.benchmark.tasks.samples import TASKS
-from optmerge_core.benchmark.training.experts import REGIMES, fine_tune, save
+from optmerge_core.benchmark.training.experts import REGIMES, SEEDS, fine_tune, save
 from optmerge_core.study.recipe import load_recipe
 
 RANKS = {f"rank {rank}": REGIMES["qwen2_vl"]["lora"] | {"rank": rank} for rank in (4,)}
@@ -26,7 +25,7 @@ def expert_folders(study, folder, settings):
         folders[task] = str(target := Path(folder, task))
         if not target.exists():
             model, processor, _ = fine_tune(
-                study.base_model, [task], seed=SHIPPED_SEED + number, label=task, **settings
+                study.base_model, [task], seed=SEEDS[0] + number, label=task, **settings
             )
             save(model, processor, target, study.base_model)
     return folders
@@ -38,5 +37,4 @@ def main(recipe, output):
     for name, settings in tqdm(SETTINGS.items(), desc="ranks"):
         experts = expert_folders(study, Path(output, name.replace(" ", "")), settings)
         tables[name] = evaluate(study, experts, validation, test)
-    Path(output).mkdir(parents=True, exist_ok=True)
-    pd.concat(tables, names=["rank"]).round(4).to_csv(Path(output, "ranks.csv"))
+    write(tables, "rank", Path(output, "ranks.csv"))

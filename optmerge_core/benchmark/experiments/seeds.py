@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from optmerge_core.benchmark.evaluator import evaluator_for
 from optmerge_core.benchmark.experiments.variants import ablation, beyond
-from optmerge_core.benchmark.training.experts import build
+from optmerge_core.benchmark.training.experts import SEEDS, build
 from optmerge_core.checkpoints.open import open_checkpoint, open_expert
 from optmerge_core.evaluation.metrics import accuracy
 from optmerge_core.evaluation.questions import load_split
@@ -22,12 +22,10 @@ from optmerge_core.methods.registry import METHODS
 from optmerge_core.study.open import open_study
 from optmerge_core.study.recipe import load_recipe
 
-SHIPPED_SEED, OTHERS = 1, (11, 21)
-
 
 def expert_folders(study, folder, seed):
     """Name -> folder of the study's experts for a seed; trained into `folder` unless shipped."""
-    if seed == SHIPPED_SEED:
+    if seed == SEEDS[0]:
         return study.experts
     family = open_checkpoint(study.base_model).config()["model_type"]
     shutil.copytree(study.base_model, Path(folder, "base"), dirs_exist_ok=True)
@@ -74,12 +72,16 @@ def evaluate(study, experts, validation, test):
     return pd.DataFrame(rows).T.rename_axis("model")
 
 
-def main(recipe, output, seeds=(SHIPPED_SEED, *OTHERS)):
+def write(tables, level, path):
+    """Tables by seed or rank (the name of that level) as one CSV of four decimals."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    pd.concat(tables, names=[level]).round(4).to_csv(path)
+
+
+def main(recipe, output, seeds=SEEDS):
     study, tables = load_recipe(recipe), {}
     validation, test = evaluators(study)
     for seed in tqdm(seeds, desc="seeds"):
         experts = expert_folders(study, Path(output, f"seed{seed}"), seed)
         tables[seed] = evaluate(study, experts, validation, test)
-    table = pd.concat(tables, names=["seed"]).round(4)
-    Path(output).mkdir(parents=True, exist_ok=True)
-    table.to_csv(Path(output, "seeds.csv"))
+    write(tables, "seed", Path(output, "seeds.csv"))

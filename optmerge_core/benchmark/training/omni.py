@@ -18,7 +18,6 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoTokenizer, LlamaForCausalLM, LlavaProcessor, Qwen2AudioProcessor
 
-from optmerge_core.benchmark.experiments.seeds import OTHERS, SHIPPED_SEED
 from optmerge_core.benchmark.models.omni import (
     MODALITIES,
     PATCH,
@@ -37,12 +36,12 @@ from optmerge_core.benchmark.training.clips import (
     Perceived,
     loader,
 )
-from optmerge_core.benchmark.training.experts import save, train, write_log
+from optmerge_core.benchmark.training.experts import SEEDS, save, train, write_log
 from optmerge_core.checkpoints.formats import read_json
 from optmerge_core.omni.model import specialist_class
 from optmerge_core.omni.online import TEXT
 
-FEATURES = "default"
+OWN = "default"  # a PEFT model's own adapter, here for the features of its modality
 
 
 def decouple(model, config, placeholder):
@@ -55,7 +54,7 @@ def decouple(model, config, placeholder):
 
     def note(module, arguments, inputs):
         features = (inputs["input_ids"] == placeholder).unsqueeze(-1)
-        masks[FEATURES], masks[TEXT] = features, ~features
+        masks[OWN], masks[TEXT] = features, ~features
 
     def keep(adapter):
         return lambda module, inputs, output: torch.where(masks[adapter], output, 0.0)
@@ -63,8 +62,8 @@ def decouple(model, config, placeholder):
     model.register_forward_pre_hook(note, with_kwargs=True)
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
-            layer.set_adapter([FEATURES, TEXT])
-            for adapter in (FEATURES, TEXT):
+            layer.set_adapter([OWN, TEXT])
+            for adapter in (OWN, TEXT):
                 layer.lora_B[adapter].register_forward_hook(keep(adapter))
     return model
 
@@ -75,7 +74,6 @@ SEVERAL = {"shares": (1.0, 1.0, 0.6), "least": 2}
 ROUNDS = [[(600, SEEN), (1200, ALL), (1600, SEVERAL)], [(2400, ALL)]]
 LANGUAGE = {"learning_rate": 2e-3, "rounds": ROUNDS, "seed": 200, "batch": 32}
 TOWERS = {"learning_rate": 2e-3, "steps": 1000, "seed": 201}
-SEEDS = (SHIPPED_SEED, *OTHERS)
 STEPS = {"vision": 600, "audio": 300, "video": 300}
 SPECIALIST = {"learning_rate": 2e-3, "rank": 16, "batch": 32}
 
