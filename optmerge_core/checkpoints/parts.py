@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -42,14 +42,14 @@ def write_part(folder: Path, number: int, tensors: Mapping[str, Tensor], notes: 
     return path
 
 
-def read_part(folder: Path, number: int) -> tuple[dict[str, Tensor], Any]:
-    """Tensors, mapped from the file and read when they are used, and notes. `CheckpointError`."""
+def read_part(folder: Path, number: int, names: Iterable[str]) -> tuple[dict[str, Tensor], Any]:
+    """These tensors, mapped from the file, read when used, and notes. Raises `CheckpointError`."""
     path = part_file(folder, number)
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in names}
             return tensors, json.loads(file.metadata()["notes"])
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path}: not a finished part ({error}); remove it and merge the part again"
         ) from error

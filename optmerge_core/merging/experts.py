@@ -1,18 +1,55 @@
-"""Whether experts fit their base model: names, shapes and dtypes, all from headers."""
+"""Base model and experts, opened, and whether they fit: names, shapes, dtypes, from headers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from optmerge_core.checkpoints.formats import HUB_ID, dtype_name
 from optmerge_core.checkpoints.names import is_embeddings, is_head
+from optmerge_core.checkpoints.open import open_checkpoint, open_expert
 from optmerge_core.checkpoints.weights import Weights
 from optmerge_core.merging.checks import notice
-from optmerge_core.merging.families import merges
+from optmerge_core.merging.families import mergeable, merges
 from optmerge_core.runtime import FLOAT_DTYPES
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Base model and experts, opened: what merging reads."""
+
+    base: Weights
+    experts: dict[str, Weights]
+    names: list[str]
+    """the parameters that merge, in the base's order"""
+    tied: dict[str, str]
+    """a head that is stored beside the embeddings it equals -> these, whose values it takes"""
+    model_type: str | None
+
+
+def open_models(
+    base_model: str | Path,
+    experts: Mapping[str, Any],
+    *,
+    family: str | None = None,
+    scope: str = "linear",
+    stream: bool = False,
+) -> Opened:
+    """Open a base model and its experts (name -> location, model or state dict); headers only.
+
+    Raises `ValueError` (`CheckpointError` for files) for experts that are none of this base.
+    """
+    base = open_checkpoint(base_model, stream=stream)
+    opened = {name: open_expert(expert, base, stream) for name, expert in experts.items()}
+    model_type = family or base.config().get("model_type")
+    tied = tied_head(base) if scope == "all" else {}
+    names = [name for name in mergeable(base.shapes(), model_type, scope) if name not in tied]
+    names = check_experts(base, opened, names, model_type)
+    return Opened(base, opened, names, tied, model_type)
 
 
 @dataclass

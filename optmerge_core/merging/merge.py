@@ -126,9 +126,9 @@ def join(plan: MergePlan) -> MergeReport:
     try:
         with plan.writer() as writer:
             for number in tqdm(range(len(plan.parts)), desc="joining", unit="part"):
-                tensors, notes = read_part(folder, number)
-                for name in plan.parts[number].names:
-                    writer.add(name, tensors[name])
+                tensors, notes = read_part(folder, number, plan.parts[number].names)
+                for name, tensor in tensors.items():
+                    writer.add(name, tensor)
                 records += notes["records"]
                 costs.append(notes["cost"])
             report = _finish(plan, writer, records, cost)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -20,18 +21,17 @@ from typing import Any
 import torch
 
 from optmerge_core.checkpoints.formats import CheckpointError, dtype_name, read_json
-from optmerge_core.checkpoints.open import open_checkpoint, open_expert
 from optmerge_core.checkpoints.weights import Weights
 from optmerge_core.checkpoints.writer import (
     CheckpointWriter,
     check_output,
+    explained,
     file_names,
     parse_size,
     shard_layout,
 )
 from optmerge_core.merging.checks import check_folders, check_request
-from optmerge_core.merging.experts import check_experts, tied_head
-from optmerge_core.merging.families import mergeable
+from optmerge_core.merging.experts import Opened, open_models
 from optmerge_core.merging.loop import trim_thresholds_over_model
 from optmerge_core.runtime import parse_device, parse_dtype
 from optmerge_core.task_vectors.stack import TaskVectors
@@ -40,40 +40,6 @@ FORMAT = 1
 MAX_PART_COST = 2e10
 """Of a part, in min²·max summed over its matrices, to which singular value decompositions are
 proportional; a larger matrix is a part by itself. A 7B model's largest layers have 2.4e11."""
-
-
-@dataclass(frozen=True)
-class Opened:
-    """Base model and experts, opened: what merging reads."""
-
-    base: Weights
-    experts: dict[str, Weights]
-    names: list[str]
-    """the parameters that merge, in the base's order"""
-    tied: dict[str, str]
-    """a head that is stored beside the embeddings it equals -> these, whose values it takes"""
-    model_type: str | None
-
-
-def open_models(
-    base_model: str | Path,
-    experts: Mapping[str, Any],
-    *,
-    family: str | None = None,
-    scope: str = "linear",
-    stream: bool = False,
-) -> Opened:
-    """Open a base model and its experts (name -> location, model or state dict); headers only.
-
-    Raises `ValueError` (`CheckpointError` for files) for experts that are none of this base.
-    """
-    base = open_checkpoint(base_model, stream=stream)
-    opened = {name: open_expert(expert, base, stream) for name, expert in experts.items()}
-    model_type = family or base.config().get("model_type")
-    tied = tied_head(base) if scope == "all" else {}
-    names = [name for name in mergeable(base.shapes(), model_type, scope) if name not in tied]
-    names = check_experts(base, opened, names, model_type)
-    return Opened(base, opened, names, tied, model_type)
 
 
 @dataclass(frozen=True)
@@ -123,8 +89,12 @@ class MergePlan:
 
     @cached_property
     def key(self) -> str:
-        """A hash of the plan: parts of one plan are never taken for another's."""
-        return hashlib.sha256(self._json().encode()).hexdigest()[:16]
+        """A hash of the plan: parts of one plan are never taken for another's.
+
+        No two plans share it whose inputs are in memory, where nothing tells them apart.
+        """
+        in_memory = not all(item["files"] for item in (self.base_model, *self.experts.values()))
+        return _key(self._content()) if not in_memory else secrets.token_hex(8)
 
     @property
     def parts_folder(self) -> Path:
@@ -133,23 +103,20 @@ class MergePlan:
         return output.with_name(f"{output.name}.parts") / self.key
 
     def opened(self) -> Opened:
-        """The inputs, opened once a process. `CheckpointError` if they are not the plan's."""
+        """The inputs, opened once a process. `CheckpointError` if they are no longer the plan's."""
         if not self._opened:
             experts = {name: _place(item) for name, item in self.experts.items()}
             chosen = {"family": self.family, "scope": self.scope, "stream": self.stream}
-            opened = open_models(_place(self.base_model), experts, **chosen)
-            for item, weights in zip(
-                (self.base_model, *self.experts.values()),
-                (opened.base, *opened.experts.values()),
-                strict=True,
-            ):
-                if (found := _files(weights)) != item["files"]:
-                    raise CheckpointError(
-                        f"{item['location']}: its files ({found}) are not those that the merge was "
-                        f"planned for ({item['files']}); plan the merge again"
-                    )
-            self._opened.append(opened)
-        return self._opened[0]
+            self._opened.append(open_models(_place(self.base_model), experts, **chosen))
+        opened = self._opened[0]
+        inputs = zip(self.experts.values(), opened.experts.values(), strict=True)
+        for item, weights in ((self.base_model, opened.base), *inputs):
+            if (found := _files(weights)) != item["files"]:
+                raise CheckpointError(
+                    f"{item['location']}: its files ({found}) are not those that the merge was "
+                    f"planned for ({item['files']}); plan the merge again"
+                )
+        return opened
 
     def save(self, path: str | Path) -> Path:
         """Write the plan as JSON, for `load_plan` in other processes, on other machines.
@@ -164,15 +131,19 @@ class MergePlan:
                     "save_pretrained(...) and give the folder"
                 )
         try:
-            text = self._json()
+            text = json.dumps(self._content() | {"key": self.key}, indent=1) + "\n"
         except TypeError as error:
             raise ValueError(
                 f"method_options of {self.method}: {error}; a plan in a file has numbers, texts "
                 "and lists alone"
             ) from error
         partial = Path(f"{path}.{os.getpid()}.partial")
-        partial.write_text(text, encoding="utf-8")
-        return partial.replace(path)
+        try:
+            with explained(Path(path)):
+                partial.write_text(text, encoding="utf-8")
+                return partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def writer(self) -> CheckpointWriter:
         """Of the output; its shards will be those of the plan."""
@@ -180,10 +151,9 @@ class MergePlan:
         options = {"overwrite": self.overwrite, "expected_bytes": expected}
         return CheckpointWriter(self.output_dir, self.max_shard_size, **options)
 
-    def _json(self) -> str:
+    def _content(self) -> dict[str, Any]:
         content = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "_opened"}
-        content["parts"] = [asdict(part) for part in self.parts]
-        return json.dumps(content, indent=1) + "\n"
+        return content | {"parts": [asdict(part) for part in self.parts]}
 
 
 def plan_merge(
@@ -246,12 +216,20 @@ def plan_merge(
 def load_plan(path: str | Path) -> MergePlan:
     """A plan that `MergePlan.save` wrote. Raises `CheckpointError` for anything else."""
     content = read_json(Path(path))
+    key = content.pop("key", None)
     expected = {f.name for f in fields(MergePlan)} - {"_opened"}
     if content.keys() != expected or content["format"] != FORMAT:
         raise CheckpointError(
             f"{path}: not a plan of this version (format {FORMAT}); plan the merge again"
         )
+    if key != _key(content):
+        raise CheckpointError(f"{path}: changed since it was saved; plan the merge again")
     return MergePlan(**content | {"parts": [Part(**part) for part in content["parts"]]})
+
+
+def _key(content: Mapping[str, Any]) -> str:
+    text = json.dumps(content, default=repr)  # a function has no JSON, but never leaves its process
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _layout(
@@ -325,12 +303,17 @@ def _described(location: Any, weights: Weights) -> dict[str, Any]:
 
 def _files(weights: Weights) -> dict[str, list[int | None]]:
     """File -> [bytes, seconds of its last change]; the latter only of what nothing else pins."""
-    return {
-        name: [size, int((weights.folder / name).stat().st_mtime)]
-        if weights.source == "folder"
-        else [size, None]
-        for name, size in weights.file_sizes().items()
-    }
+    try:
+        return {
+            name: [size, int((weights.folder / name).stat().st_mtime)]
+            if weights.source == "folder"
+            else [size, None]
+            for name, size in weights.file_sizes().items()
+        }
+    except OSError as error:
+        raise CheckpointError(
+            f"{weights.folder}: a file is gone ({error}); copy it again"
+        ) from error
 
 
 def _place(item: Mapping[str, Any]) -> str:

@@ -18,9 +18,14 @@ from optmerge_core.checkpoints.names import EMBEDDINGS, HEAD
 from optmerge_core.checkpoints.weights import Weights
 from optmerge_core.checkpoints.writer import CheckpointWriter, check_output, side_files
 from optmerge_core.merging.card import omni_card
-from optmerge_core.merging.checks import check_finite_tensor, check_request, with_preset
+from optmerge_core.merging.checks import (
+    check_finite_tensor,
+    check_folders,
+    check_request,
+    with_preset,
+)
+from optmerge_core.merging.experts import Opened
 from optmerge_core.merging.loop import ParameterMerger, trim_thresholds_over_model
-from optmerge_core.merging.plan import Opened
 from optmerge_core.merging.report import MergeReport, describe, with_dtype
 from optmerge_core.omni.model import OmniConfig, OmniForConditionalGeneration
 from optmerge_core.omni.specialists import (
@@ -67,7 +72,6 @@ def compose(
 
     Loop, checks, report and card are those of `merge`, but no `MergePlan` is made: specialists and
     their towers may come from memory, and the output has names and rows that the base has not.
-
     Raises `ValueError` (`CheckpointError` for files), and nothing is left at `output_dir`.
     """
     chosen, stored = parse_device(device), parse_dtype(dtype)
@@ -76,6 +80,7 @@ def compose(
     check_output(output_dir, overwrite=overwrite)
     place = {"family": family, "scope": scope}
     models, opened = open_language_models(base_language_model, specialists, **place)
+    check_folders(models.base, models.experts, Path(output_dir))
     tokenizer = load_tokenizer(models.base.folder)
     ids = reconcile(tokenizer, opened) if tokenizer else {modality: {} for modality in opened}
     check_placeholders(opened, ids)

@@ -23,8 +23,8 @@ from optmerge_core.checkpoints.formats import CheckpointError, read_json
 from optmerge_core.checkpoints.names import EMBEDDINGS, HEAD, language_name
 from optmerge_core.checkpoints.open import open_checkpoint
 from optmerge_core.checkpoints.weights import Renamed
+from optmerge_core.merging.experts import Opened
 from optmerge_core.merging.families import mergeable
-from optmerge_core.merging.plan import Opened
 from optmerge_core.omni.model import specialist_class, without_layers
 
 

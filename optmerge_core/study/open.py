@@ -10,8 +10,8 @@ from torch import Tensor
 
 from optmerge_core.checkpoints.weights import Renamed
 from optmerge_core.merging.checks import TRIMMING, with_preset
+from optmerge_core.merging.experts import Opened, open_models
 from optmerge_core.merging.loop import merge_tensors
-from optmerge_core.merging.plan import Opened, open_models
 from optmerge_core.study.diagnosis import Diagnosis, diagnose
 from optmerge_core.study.recipe import Recipe
 from optmerge_core.task_vectors.stack import TaskVectors

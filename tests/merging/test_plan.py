@@ -1,6 +1,7 @@
 """A merge as plain data: its parts give, in any order and after any crash, what `merge` gives."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -197,6 +198,20 @@ def test_a_part_that_the_plan_has_not(tiny, tmp_path, part):
         merge_part(plan, part)
 
 
+def test_an_input_that_changes_while_a_process_merges_is_refused(inputs, tmp_path):
+    base, experts = inputs
+    plan = plan_merge(base, experts, tmp_path / "out", method="ties", **SMALL)
+    merge_part(plan, 0)
+    shard = sorted(experts["ocr"].glob("*.safetensors"))[0]
+    save_file({k: v * 1.01 for k, v in load_file(shard).items()}, shard, {"format": "pt"})
+    os.utime(shard, (0, 0))  # as large as before, but of another time
+    with pytest.raises(CheckpointError, match=r"inputs.ocr: its files .* plan the merge again"):
+        merge_part(plan, 1)
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=r"inputs.ocr: a file is gone .* copy it again"):
+        merge_part(plan, 1)
+
+
 @pytest.mark.filterwarnings("ignore:1 parameters outside the merge differ")
 def test_an_input_that_has_changed_is_refused(inputs, tmp_path):
     base, experts = inputs
@@ -271,9 +286,32 @@ def test_experts_in_memory_merge_but_cannot_be_saved(tiny, tmp_path, kind):
     assert weights(tmp_path / "memory") == weights(tmp_path / "folders")
 
 
+@pytest.mark.filterwarnings("ignore:expert .* has other names")
+def test_parts_of_models_in_memory_are_no_other_plans(tiny, tmp_path):
+    """Nothing that a hash could tell apart differs between the two plans."""
+
+    def experts(scale):
+        return {
+            name: {
+                own: tensor * scale if own == UP else tensor
+                for path in folder.glob("*.safetensors")
+                for own, tensor in load_file(path).items()
+            }
+            for name, folder in tiny.experts.items()
+        }
+
+    merge_part(plan_merge(tiny.base, experts(1.0), tmp_path / "out", method="ties"), 0)
+    plan = plan_merge(tiny.base, experts(1.1), tmp_path / "out", method="ties")
+    assert load_file(merge_part(plan, 0)).keys() == plan.parameters.keys()
+    join(plan)
+    merge(tiny.base, experts(1.1), tmp_path / "whole", method="ties")
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
 def test_options_that_json_cannot_say(tiny, tmp_path):
-    options = {"steps": 1, "on_step": print}
+    options = {"steps": 1, "on_step": lambda *values: None}
     plan = plan_merge(tiny.base, tiny.experts, tmp_path / "out", method_options=options)
+    assert merge_part(plan, 0).parent == plan.parts_folder
     with pytest.raises(ValueError, match="method_options of optmerge: .*numbers, texts and lists"):
         plan.save(tmp_path / "plan.json")
 
@@ -290,6 +328,64 @@ def test_what_is_no_plan(tmp_path, content, text):
     (tmp_path / "plan.json").write_text(content)
     with pytest.raises(CheckpointError, match=rf"plan.json: {text}"):
         load_plan(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize("change", ["a part less", "a part twice", "no parts", "another method"])
+def test_a_plan_that_was_edited(tiny, tmp_path, change):
+    plan = plan_merge(tiny.base, tiny.experts, tmp_path / "out", method="ties", **SMALL)
+    path = plan.save(tmp_path / "plan.json")
+    content = json.loads(path.read_text())
+    parts = content["parts"]
+    edited = {
+        "a part less": {"parts": parts[1:]},
+        "a part twice": {"parts": parts + parts[:1]},
+        "no parts": {"parts": 3},
+        "another method": {"method": "tsv"},
+    }
+    path.write_text(json.dumps(content | edited[change]))
+    with pytest.raises(CheckpointError, match=r"plan.json: changed since it was saved; plan the"):
+        load_plan(path)
+
+
+def test_where_no_plan_can_be_read_or_written(tiny, tmp_path):
+    plan = plan_merge(tiny.base, tiny.experts, tmp_path / "out", method="ties")
+    with pytest.raises(CheckpointError, match="nothing.json cannot be read"):
+        load_plan(tmp_path / "nothing.json")
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "folder", tmp_path / "no folder" / "plan.json"):
+        with pytest.raises(CheckpointError, match=f"{path} cannot be written"):
+            plan.save(path)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+def test_a_file_that_is_no_part(tiny, tmp_path, metadata):
+    plan = plan_merge(tiny.base, tiny.experts, tmp_path / "out", method="ties")
+    zeros = {name: torch.zeros(1) for name in plan.parts[0].names}
+    for tensors in ({"other": torch.zeros(1)}, zeros):
+        save_file(tensors, merge_part(plan, 0), metadata)
+        with pytest.raises(CheckpointError, match="part-00000.safetensors: not a finished part"):
+            join(plan)
+
+
+def test_pickles_whose_tensors_share_memory(tiny, tmp_path):
+    """A tied head is one memory with two names; a transposed weight is no contiguous one."""
+    folders = {}
+    for folder in (tiny.base, *tiny.experts.values()):
+        folders[folder.name] = tmp_path / folder.name
+        shutil.copytree(folder, folders[folder.name], ignore=shutil.ignore_patterns("*safetens*"))
+        tensors = {k: v for f in folder.glob("*.safetensors") for k, v in load_file(f).items()}
+        tensors = {k: v.T.contiguous().T if v.ndim == 2 else v for k, v in tensors.items()}
+        tensors["again"] = tensors["language_model.model.norm.weight"]
+        torch.save(tensors, folders[folder.name] / "pytorch_model.bin")
+    base, settings = folders.pop("base"), {"method": "tsv"}
+    merge(base, folders, tmp_path / "whole", **settings)
+    plan = plan_merge(base, folders, tmp_path / "parts", **settings)
+    merge_part(plan, 0)
+    join(plan)
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+    merged = load_file(tmp_path / "whole" / "model.safetensors")
+    assert torch.equal(merged["again"], merged["language_model.model.norm.weight"])
 
 
 def test_a_plan_of_another_version(tiny, tmp_path):

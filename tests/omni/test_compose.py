@@ -342,6 +342,17 @@ def test_token_numbers_claimed_twice_are_refused(family, tmp_path):
     refused(family, tmp_path, loaded, message)
 
 
+@pytest.mark.parametrize("place", ["base", "vision"])
+def test_an_input_is_not_overwritten(family, tmp_path, place):
+    base = shutil.copytree(family.base, tmp_path / "base")
+    vision = shutil.copytree(family.folders["vision"], tmp_path / "vision")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for output, text in ((tmp_path / place, "holds"), (tmp_path / place / "new", "is inside")):
+        with pytest.raises(ValueError, match=f"{output} {text} .*: choose another output folder"):
+            compose(base, {"vision": vision}, output, method="ties", overwrite=True)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
 def test_inputs_that_do_not_fit_are_refused(family, omni):
     model = OmniForConditionalGeneration.from_pretrained(omni)
     with pytest.raises(ValueError, match="no specialist for 'smell': this model has"):
