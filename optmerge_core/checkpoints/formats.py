@@ -117,6 +117,8 @@ def read_json(path: Path, shown: str | None = None) -> dict:
     shown = shown or str(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{shown} cannot be read ({error}); give a file that can") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{shown}: not valid JSON ({error}); download it again") from error
     if not isinstance(content, dict):
@@ -161,6 +163,7 @@ def parse_header(content: Bytes, size: int) -> list[Entry]:
         header = json.loads(content, object_pairs_hook=unique)
         header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            name.encode()  # JSON can say half a character, safetensors refuses it
             shape, dtype, (start, stop) = entry["shape"], entry["dtype"], entry["data_offsets"]
             if any(type(number) is not int or number < 0 for number in (*shape, start, stop)):
                 raise ValueError(f"{name!r}: shape {shape}, bytes {start} to {stop}")

@@ -54,7 +54,8 @@ class Pickle:
     def read(self, name: str) -> Tensor:
         if self._mapped and self._bytes_read > KEPT_BYTES:
             self._state, self._bytes_read = self._load(), 0
-        tensor = self._state[name].detach().contiguous()
+        # A copy: two names may have one memory here (a tied head), and no two can in safetensors.
+        tensor = self._state[name].detach().clone(memory_format=torch.contiguous_format)
         self._bytes_read += tensor.nbytes
         return tensor
 
