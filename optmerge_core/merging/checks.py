@@ -86,14 +86,23 @@ def check_folders(base: Weights, experts: Mapping[str, Weights], output_dir: Pat
     Also raised, as `CheckpointError`: what `side_files` finds wrong with the base's.
     """
     side_files(base.folder)
-    seen = {base.folder.resolve(): "the base model"}
-    for name, expert in experts.items():
-        if expert.folder is None:  # in memory
+    check_apart({"the base model": base.folder} | expert_folders(experts), output_dir)
+
+
+def expert_folders(experts: Mapping[str, Weights]) -> dict[str, Path | None]:
+    return {f"expert {name}": expert.folder for name, expert in experts.items()}
+
+
+def check_apart(folders: Mapping[str, Path | None], output_dir: Path) -> None:
+    """The same for what is called so -> its folder, None in memory."""
+    seen: dict[Path, str] = {}
+    for owner, given in folders.items():
+        if given is None:
             continue
-        folder = expert.folder.resolve()
+        folder = given.resolve()
         if folder in seen:
-            notice(f"expert {name} is the same folder as {seen[folder]}: {expert.folder}")
-        seen.setdefault(folder, f"expert {name}")
+            notice(f"{owner} is the same folder as {seen[folder]}: {given}")
+        seen.setdefault(folder, owner)
     for folder, owner in seen.items():
         output = output_dir.resolve()
         if output in (folder, *folder.parents):

@@ -17,7 +17,7 @@ from optmerge_core.checkpoints.parts import part_file, read_part, remove_parts, 
 from optmerge_core.checkpoints.weights import Weights
 from optmerge_core.checkpoints.writer import CheckpointWriter
 from optmerge_core.merging.card import model_card
-from optmerge_core.merging.checks import NotFinite, NothingChanges, check_unchanged
+from optmerge_core.merging.checks import NothingChanges, check_unchanged
 from optmerge_core.merging.loop import Merged, ParameterMerger
 from optmerge_core.merging.plan import MergePlan, plan_merge
 from optmerge_core.merging.report import MergeReport, describe, with_dtype
@@ -88,8 +88,9 @@ def merge_part(plan: MergePlan, part: int) -> Path:
         for name, tensor, made in _results(plan, plan.parts[part].names):
             tensors[name] = tensor
             records += [made] if made else []
-    except NotFinite:
-        remove_parts(plan.parts_folder)
+    except ValueError as error:
+        if not isinstance(error, CheckpointError):  # files and networks may do better next time
+            remove_parts(plan.parts_folder)
         raise
     return write_part(plan.parts_folder, part, tensors, {"records": records, "cost": meter.read()})
 

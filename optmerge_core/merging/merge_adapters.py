@@ -24,7 +24,13 @@ from optmerge_core.checkpoints.formats import ADAPTER_NAME, CheckpointError
 from optmerge_core.checkpoints.open import open_checkpoint
 from optmerge_core.checkpoints.writer import CheckpointWriter, check_output
 from optmerge_core.merging.card import adapter_card
-from optmerge_core.merging.checks import check_finite_tensor, check_request, with_preset
+from optmerge_core.merging.checks import (
+    check_apart,
+    check_finite_tensor,
+    check_request,
+    expert_folders,
+    with_preset,
+)
 from optmerge_core.merging.report import MergeReport, describe, record
 from optmerge_core.methods.optmerge import PRESETS
 from optmerge_core.methods.registry import METHODS
@@ -58,7 +64,7 @@ def merge_adapters(
     check_possible(method, options)
     check_output(output_dir, overwrite=overwrite)
     opened = {n: Factors(open_checkpoint(x, adapter=True)) for n, x in experts.items()}
-    shapes = _common_shapes(opened)
+    shapes = _common_shapes(opened, Path(output_dir))
     ranks = {
         module: min(sum(f.rank(module) for f in opened.values() if module in f), *shape)
         for module, shape in shapes.items()
@@ -194,8 +200,9 @@ def merge_cores(
     return METHODS[method](cores, **options)
 
 
-def _common_shapes(opened: Mapping[str, Factors]) -> dict[str, tuple[int, int]]:
-    """Module -> (outputs, inputs), of all that any adapter has."""
+def _common_shapes(opened: Mapping[str, Factors], output_dir: Path) -> dict[str, tuple[int, int]]:
+    """Module -> (outputs, inputs), of all that any adapter has; the output changes no adapter."""
+    check_apart(expert_folders({n: factors.weights for n, factors in opened.items()}), output_dir)
     shapes: dict[str, tuple[int, int]] = {}
     for name, factors in opened.items():
         for module in factors:

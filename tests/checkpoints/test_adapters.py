@@ -288,3 +288,12 @@ def test_an_adapter_of_a_base_in_memory(family):
     narrow = {name: tensor[..., :8] for name, tensor in stored.items()}
     with pytest.raises(CheckpointError, match="a model in memory has .* another base model"):
         open_expert(experts["e0"], as_weights(narrow))
+
+
+def test_an_adapter_is_not_overwritten_by_its_own_merge(family, tmp_path):
+    experts = {name: shutil.copytree(path, tmp_path / name) for name, path in family[1].items()}
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for output in (experts["e1"], experts["e1"] / "merged"):
+        with pytest.raises(ValueError, match=r"(holds|is inside) expert e1: choose another"):
+            merge_adapters(experts, output, method="weight_average", overwrite=True)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

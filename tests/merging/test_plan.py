@@ -395,3 +395,15 @@ def test_a_plan_of_another_version(tiny, tmp_path):
     path.write_text(json.dumps(content | {"format": 99}))
     with pytest.raises(CheckpointError, match="not a plan of this version"):
         load_plan(path)
+
+
+def test_a_result_out_of_range_leaves_no_parts(tiny, tmp_path):
+    plan = plan_merge(
+        tiny.base, tiny.experts, tmp_path / "out", method="ties", scaling_coefficient=1e9, **SMALL
+    )
+    keeps = next(n for n, part in enumerate(plan.parts) if not part.cost)
+    merges = next(n for n, part in enumerate(plan.parts) if part.cost)
+    merge_part(plan, keeps)
+    with pytest.raises(ValueError, match="out of the range of float16"):
+        merge_part(plan, merges)
+    assert list(tmp_path.iterdir()) == []
