@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from tqdm.auto import tqdm
 
 from optmerge_core.checkpoints.formats import CheckpointError
 from optmerge_core.checkpoints.parts import part_file, read_part, remove_parts, write_part
-from optmerge_core.checkpoints.weights import Weights
+from optmerge_core.checkpoints.remote import streaming
 from optmerge_core.checkpoints.writer import CheckpointWriter
 from optmerge_core.merging.card import model_card
 from optmerge_core.merging.checks import NothingChanges, check_unchanged
@@ -22,6 +21,12 @@ from optmerge_core.merging.loop import Merged, ParameterMerger
 from optmerge_core.merging.plan import MergePlan, plan_merge
 from optmerge_core.merging.report import MergeReport, describe, with_dtype
 from optmerge_core.runtime import Meter, in_order, parse_device
+
+SETTINGS = (
+    *("method", "method_options", "scaling_coefficient", "trim", "seed"),
+    *("dtype", "model_type", "family", "scope"),
+)
+"""What a report says as its plan does."""
 
 
 def merge(
@@ -158,19 +163,13 @@ def _results(plan: MergePlan, names: list[str]) -> Iterator[Merged]:
     )
     merged = [sources[name] for name in names if name in sources]
     readings = [(opened.base, names), *((x, merged) for x in opened.experts.values())]
-    with _streaming(readings) if plan.stream else nullcontext():
+    with streaming(readings):
         yield from tqdm(
             merger.results(names),
             desc=f"merging ({plan.method})",
             unit="parameter",
             total=len(names),
         )
-
-
-def _streaming(readings: list[tuple[Weights, list[str]]]) -> AbstractContextManager[None]:
-    from optmerge_core.checkpoints.remote import streaming  # only here: slow to import
-
-    return streaming(readings)
 
 
 def _finish(
@@ -194,20 +193,12 @@ def _finish(
     described = list(in_order(lambda pair: describe(pair[0]["location"], pair[1]), inputs))
     report = MergeReport(
         output_dir=plan.output_dir,
-        method=plan.method,
-        method_options=plan.method_options,
-        scaling_coefficient=plan.scaling_coefficient,
-        trim=plan.trim,
-        seed=plan.seed,
-        dtype=plan.dtype,
-        model_type=plan.model_type,
-        family=plan.family,
-        scope=plan.scope,
         base_model=described[0],
         experts=dict(zip(opened.experts, described[1:], strict=True)),
         parameters=records,
         parameters_kept=len(base) - len(records),
         weights=weights,
+        **{name: getattr(plan, name) for name in SETTINGS},
         **cost(),
     )
     writer.write_text("merge_report.json", report.to_json())
