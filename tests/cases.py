@@ -46,6 +46,7 @@ def distance(result, expected):
     return ((result - expected).norm() / expected.norm()).item()
 
 
+NAME = "model.layers.1.mlp.up_proj.weight"
 NAMES = [f"model.layers.{layer}.mlp.{kind}.weight" for layer in range(3) for kind in ("up", "down")]
 SHAPES = {"tall": (4, 30, 8), "wide": (4, 8, 30), "square": (3, 12, 12), "crowded": (5, 9, 3)}
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}

@@ -1,4 +1,4 @@
-"""python -m optmerge_core.benchmark train | omni-train | seeds | omni-seeds | subsets | ranks.
+"""python -m optmerge_core.benchmark questions | train | omni-train | seeds | …
 
 What made the shipped checkpoints and the tables of longer experiments; each takes minutes to hours.
 """
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 COMMANDS = {
+    "questions": "tasks.samples:write_splits",
     "train": "training.experts:build",
     "omni-train": "training.omni:build",
     "seeds": "experiments.seeds:main",
@@ -37,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument(positional, metavar=positional.upper())
         return sub
 
+    add("questions", "draw the questions that ship, into FOLDER", "folder")
     sub = add("train", "train a family's base, experts and mixture models into OUTPUT", "output")
     sub.add_argument("--family", choices=FAMILIES, help="default: internvl")
     sub.add_argument("--only", help="base, or the folder of one model, as gentle/VQA")

@@ -11,6 +11,7 @@ from optmerge_core.benchmark.models.registry import EMBEDDED_FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
 GIVEN = {
+    "questions": "folder",
     "train": "out --family qwen2_vl --only gentle/VQA --seed 2 --width 2",
     "omni-train": "out --seeds 1 2 --modalities vision audio",
     "seeds": "recipe out --seeds 1 2",

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import NAME
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -9,18 +10,6 @@ from optmerge_core.checkpoints.open import open_checkpoint
 from optmerge_core.merging.loop import model_thresholds
 from optmerge_core.methods.ties import trim_thresholds
 from optmerge_core.task_vectors.stack import TaskVectors, apply, derive_seed
-
-NAME = "model.layers.1.mlp.up_proj.weight"
-
-
-@pytest.fixture
-def toy() -> TaskVectors:
-    base = {NAME: torch.tensor([[3.0, 4.0]]), "x": torch.zeros(2, 2)}
-    experts = {
-        "a": {NAME: torch.tensor([[3.0, 5.0]]), "x": torch.ones(2, 2)},
-        "b": {NAME: torch.tensor([[6.0, 0.0]]), "x": -torch.ones(2, 2)},
-    }
-    return TaskVectors(base, experts, [NAME])
 
 
 def test_stack_is_expert_minus_base_in_float32(toy):

@@ -82,12 +82,10 @@ def make_dataset(task, split, count, level="full", seed=0):
     return datasets.Dataset.from_dict(columns, features=features)
 
 
-def write_splits(
-    folder,
-    sizes=(("validation", TASKS, 300), ("test", TASKS, 1500), ("test", tuple(COMBINED), 500)),
-):
+def write_splits(folder):
     """Write <folder>/<split>/<task>.parquet for every split and task: what the package ships."""
-    for split, tasks, count in sizes:
+    shipped = ("validation", TASKS, 300), ("test", TASKS, 1500), ("test", tuple(COMBINED), 500)
+    for split, tasks, count in shipped:
         Path(folder, split).mkdir(parents=True, exist_ok=True)
         for task in tasks:
             make_dataset(task, split, count).to_parquet(str(Path(folder, split, f"{task}.parquet")))
