@@ -17,6 +17,14 @@ def test_dare_drops_at_its_rate_and_keeps_the_mean():
     assert not torch.equal(dropped[0], dropped[1])
 
 
+def test_a_fifth_is_dropped_unless_told_otherwise():
+    ones = torch.ones(1, 300, 300)
+    for method in (dare_task_arithmetic, dare_ties):
+        merged = method(ones, generator=generators(0))
+        assert set(merged.unique().tolist()) == {0.0, 1.25}
+        assert (merged == 0).float().mean().item() == pytest.approx(0.2, abs=0.005)
+
+
 def test_dare_depends_on_the_experts_generator_not_its_position():
     task_vectors = randn(3, 6, 5)
     forward = dare(task_vectors, 0.5, generators(1, 2, 3))
