@@ -1,0 +1,161 @@
+"""Adapters merged into an adapter: equal to the merge of the whole matrices, or refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from lora import make_adapter, make_lora_family, tiny_model
+from peft import PeftModel
+
+from optmerge_core import METHODS, merge, merge_adapters, open_checkpoint
+from optmerge_core.checkpoints.adapters import Factors
+from optmerge_core.checkpoints.open import open_expert
+from optmerge_core.merging.families import mergeable
+from optmerge_core.merging.loop import merge_tensors
+from optmerge_core.merging.merge_adapters import merge_cores, merge_factors
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    return make_lora_family(tmp_path_factory.mktemp("family"))
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("weight_average", {}),
+        ("task_arithmetic", {}),
+        ("tsv", {}),
+        ("iso_c", {}),
+        ("swudi", {}),
+        ("wudi", {"optimizer": "sgd", "learning_rate": 1e-2}),
+        ("optmerge", {"preset": "lora", "learning_rate": 1e-2}),
+        ("optmerge", {"preset": "lora", "learning_rate": 0.2, "learning_rate_unit": "rms"}),
+        ("wudi", {"optimizer": "sgd", "learning_rate_unit": "rms"}),
+        ("optmerge", {"preset": "lora", "learning_rate_unit": "rms"}),
+        ("optmerge", {"preset": "lora", "rank_ratio": 0.05, "learning_rate": 1e-2}),
+        ("optmerge", {"preset": "modality"}),
+        ("optmerge", {"preset": "modality", "rank_ratio": None}),
+        ("optmerge", {"preset": "lora", "optimizer": "ridge", "shrink": None}),
+        ("wudi", {"optimizer": "ridge"}),
+        ("optmerge", {"preset": "lora", "optimizer": "ridge", "shrink": 0.3}),
+        ("optmerge", {"optimizer": "sgd", "preset": "full", "learning_rate": 1e-2}),
+    ],
+)
+def test_merged_adapter_equals_the_dense_merge(family, tmp_path, method, options):
+    base, experts = family
+    weights = open_checkpoint(base)
+    opened = {name: open_expert(folder, weights) for name, folder in experts.items()}
+    names = mergeable(weights.shapes(), "qwen2")
+    dense = merge_tensors(weights, opened, names, method=method, method_options=options)
+    folder = merge_adapters(
+        experts, tmp_path / "out", method=method, method_options=options, scaling_coefficient=0.7
+    )
+    merged = open_expert(folder, weights)
+    for name in names:
+        error = (merged.task_vector(name) - 0.7 * dense[name]).norm() / dense[name].norm()
+        assert error < 1e-5, (name, error)
+
+
+def test_optmerges_preset_is_lora_unless_told_otherwise(family, tmp_path):
+    """Named nowhere, named, and with another option beside it."""
+    _, experts = family
+
+    def merged(name, **arguments) -> dict:
+        folder = merge_adapters(experts, tmp_path / name, **arguments)
+        report = json.loads((folder / "merge_report.json").read_text())
+        return report["method_options"], (folder / "adapter_model.safetensors").read_bytes()
+
+    options, default = merged("default")
+    assert options == {"preset": "lora"}
+    assert merged("lora", method_options={"preset": "lora"})[1] == default
+    assert merged("steps", method_options={"steps": 300})[1] == default
+    assert merged("modality", method_options={"preset": "modality"})[1] != default
+
+
+def test_merged_adapter_loads_with_peft(family, tmp_path):
+    base, experts = family
+    folder = merge_adapters(experts, tmp_path / "out", method="weight_average")
+    model = PeftModel.from_pretrained(tiny_model(), folder).merge_and_unload().state_dict()
+    merge(base, experts, tmp_path / "dense", method="weight_average")
+    dense = open_checkpoint(tmp_path / "dense")
+    for name in dense:
+        torch.testing.assert_close(model[name], dense[name], atol=1e-6, rtol=1e-5)
+
+
+def test_merged_rank_is_at_most_the_sum_of_ranks(family, tmp_path):
+    _, experts = family
+    folder = merge_adapters(experts, tmp_path / "out", method="task_arithmetic")
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert settings["r"] == settings["lora_alpha"] == 3 + 2 + 3
+
+
+def test_one_adapter_comes_back(family, tmp_path):
+    _, experts = family
+    folder = merge_adapters({"e0": experts["e0"]}, tmp_path / "out", method="weight_average")
+    before, after = (Factors(open_checkpoint(f, adapter=True)) for f in (experts["e0"], folder))
+    for module in before:
+        (b, a), (d, c) = before[module], after[module]
+        torch.testing.assert_close(d @ c, b @ a, atol=1e-6, rtol=1e-5)
+
+
+def test_a_layer_that_only_some_experts_adapt(tmp_path):
+    folders = {
+        "attention": make_adapter(tmp_path / "a", 1, target_modules=["q_proj", "v_proj"]),
+        "mlp": make_adapter(tmp_path / "b", 2, target_modules=["v_proj", "up_proj"]),
+    }
+    tiny_model().save_pretrained(tmp_path / "base")
+    weights = open_checkpoint(tmp_path / "base")
+    merged = open_expert(
+        merge_adapters(folders, tmp_path / "out", method="weight_average"), weights
+    )
+    parts = [open_expert(folder, weights) for folder in folders.values()]
+    for name in mergeable(weights.shapes(), "qwen2"):
+        mean = sum(part.task_vector(name) for part in parts) / 2
+        torch.testing.assert_close(merged.task_vector(name), mean, atol=1e-6, rtol=1e-5)
+
+
+def test_cores_of_any_shape_give_what_the_whole_matrices_give():
+    generator = torch.Generator().manual_seed(3)
+    for rows, columns, ranks in ((9, 40, (4, 4, 4)), (40, 9, (2, 5, 1)), (12, 12, (6, 6, 6))):
+        pairs = [
+            (
+                torch.randn(rows, r, generator=generator),
+                torch.randn(r, columns, generator=generator),
+            )
+            for r in ranks
+        ]
+        stack = torch.stack([(b @ a).double() for b, a in pairs])
+        for method in ("tsv", "iso_c", "swudi"):
+            b, a = merge_factors(pairs, method, {}, 1.0, (rows, columns))
+            expected = METHODS[method](stack).float()
+            assert (b @ a - expected).norm() < 1e-5 * expected.norm(), (method, rows, columns)
+        assert merge_cores(stack, "tsv", {}, (rows, columns)).shape == (rows, columns)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "reason"),
+    [
+        ("ties", {}, "single entries"),
+        ("dare_ties", {}, "single entries"),
+        ("wudi", {}, "optimizer='sgd'"),
+        ("optmerge", {"preset": "full"}, "optimizer='sgd'"),
+        ("optmerge", {"preset": "full", "optimizer": None}, "optimizer='sgd'"),
+        ("aswudi", {}, "no expert uses"),
+    ],
+)
+def test_methods_that_leave_the_span_are_refused(family, tmp_path, method, options, reason):
+    _, experts = family
+    with pytest.raises(ValueError, match=reason):
+        merge_adapters(experts, tmp_path / "out", method=method, method_options=options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_is_not_overwritten_by_its_own_merge(family, tmp_path):
+    experts = {name: shutil.copytree(path, tmp_path / name) for name, path in family[1].items()}
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for output in (experts["e1"], experts["e1"] / "merged"):
+        with pytest.raises(ValueError, match=r"(holds|is inside) expert e1: choose another"):
+            merge_adapters(experts, output, method="weight_average", overwrite=True)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
