@@ -1,5 +1,6 @@
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,6 +56,20 @@ def test_what_does_not_fit_into_memory_waits(threads):
     work = Watch()
     assert list(in_order(work, range(6), memory=lambda item: 2**60)) == [0, 10, 20, 30, 40, 50]
     assert work.most == 1
+
+
+@pytest.mark.parametrize(("memory", "fit"), [(25, 2), (26, 1), (50, 1), (16, 3)])
+def test_what_is_under_way_stays_below_half_of_the_free_memory(monkeypatch, memory, fit):
+    """100 bytes are free and four workers ready: as many items run as fit into 50 bytes."""
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100))
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    work = Watch(threading.Barrier(fit))  # so many must be there at once
+    try:
+        assert list(in_order(work, range(6), memory=lambda item: memory)) == list(range(0, 60, 10))
+    finally:
+        torch.set_num_threads(before)
+    assert work.most == fit
 
 
 def test_few_results_wait_for_the_reader(threads):
