@@ -56,6 +56,21 @@ def test_merge_says_when_an_expert_looks_like_another_base(tiny, recipe, tmp_pat
     assert "notice: models: itself is the base model itself; left out" in said
 
 
+def test_merge_warns_of_more_than_30_per_cent_of_the_base(tiny, recipe, tmp_path, capsys):
+    content = yaml.safe_load(Path(recipe).read_text())
+    content["models"] = []
+    for name, share in (("near", 0.295), ("far", 0.305)):
+        shutil.copytree(tiny.base, tmp_path / name)
+        for path in (tmp_path / name).glob("*.safetensors"):
+            weights = {k: (v.float() * (1 + share)).half() for k, v in load_file(path).items()}
+            save_file(weights, path, metadata={"format": "pt"})
+        content["models"].append({"model": str(tmp_path / name), "name": name})
+    Path(recipe).write_text(yaml.safe_dump(content))
+    assert main(["merge", recipe, "--output", str(tmp_path / "out")]) == 0
+    warned = re.findall(r"expert (\w+) differs from the base by", capsys.readouterr().err)
+    assert warned == ["far"]
+
+
 def test_inspect(recipe, capsys):
     assert main(["inspect", recipe]) == 0
     shown = capsys.readouterr().out

@@ -96,6 +96,34 @@ def test_rounding_noise_is_estimated(base, dtype, scale):
     assert found["unchanged"] == pytest.approx(float(zeros))
 
 
+@pytest.mark.parametrize("shape", [(256, 256), (300, 400)])
+def test_rounding_of_large_matrices_is_estimated_from_a_sample(shape):
+    """The second has more entries than a sample; rows grow, so that the first ones tell little."""
+    generator = torch.Generator().manual_seed(0)
+    size = torch.logspace(-1, 1, shape[0]).unsqueeze(1)
+    stored = {NAMES[0]: (size * torch.randn(shape, generator=generator)).bfloat16()}
+    exact = 0.04 * size * torch.randn(shape, generator=generator)
+    expert = {NAMES[0]: (stored[NAMES[0]].float() + exact).bfloat16()}
+    measured = expert[NAMES[0]].double() - stored[NAMES[0]].double()
+    share = (measured - exact).square().sum() / measured.square().sum()
+    found = [diagnose(stored, {"a": expert}, NAMES[:1]).experts.loc["a"] for _ in range(2)]
+    assert found[0]["rounding"] == pytest.approx(share.item(), rel=0.1)
+    assert found[0]["rounding"] == found[1]["rounding"], "the sample is drawn by the name"
+
+
+def test_the_memory_of_a_measurement_bounds_how_many_run(base, experts, monkeypatch):
+    """Bytes of a parameter: four for each expert's entry, forty for the rest."""
+    asked = {}
+
+    def recorded(work, items, *, memory=None):
+        asked.update({item: memory(item) for item in items} if memory else {})
+        return map(work, items)
+
+    monkeypatch.setattr(module, "in_order", recorded)
+    diagnose(base, experts, NAMES)
+    assert asked == dict.fromkeys(NAMES, (4 * 3 + 40) * 48 * 32)
+
+
 def test_rounding_is_the_experts_and_not_the_bases():
     """In bfloat16 numbers between 1 and 2 lie 2^-7 apart, and 0 is exact."""
     stored = {NAMES[0]: torch.zeros(8, 8, dtype=torch.bfloat16)}

@@ -1,7 +1,9 @@
 """What a diagnosis means: each finding on made-up experts, and on the embedded ones."""
 
+from itertools import combinations
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from cases import NAMES, moved, random
@@ -131,3 +133,105 @@ def test_an_embedded_expert_of_another_base_is_found():
     found = diagnose(ours, {"OCR": expert, "other": other}, names)
     (finding,) = told(found, "another base")
     assert finding.experts == ("other",) and "spread over" in finding.found
+
+
+def made_up(of_pairs=None, **of_experts) -> findings.Diagnosis:
+    """Three fully fine-tuned experts that no rule has anything to say about, but for what is given.
+
+    of_experts and of_pairs: columns with one value for all, or a list.
+    """
+    names = ["a", "b", "c"]
+    quiet = {
+        "norm": 1.0, "relative_norm": 0.05, "cosine_with_base": 0.99, "unchanged": 0.0,
+        "rounding": 0.0, "changed": 1.0, "full_rank": 1000.0, "rank": 1000.0,
+        "entropy_rank": 200.0, "others": 0.05, "stored": "bfloat16",
+    }  # fmt: skip
+    index = pd.MultiIndex.from_tuples(list(combinations(names, 2)), names=["first", "second"])
+    apart = {"cosine": 0.0, "sign_conflict": 0.5, "shared_subspace": 0.3, "chance": 0.3}
+    dropped = pd.DataFrame(columns=["expert", "module", "parameters", "changed", "relative_norm"])
+    return findings.Diagnosis(
+        parameters=pd.DataFrame(),
+        layers=pd.DataFrame(index=[0]),
+        experts=pd.DataFrame(quiet | of_experts, index=names),
+        pairs=pd.DataFrame(apart | (of_pairs or {}), index=index),
+        dropped=dropped,
+        sampled_layers=[0],
+    )
+
+
+def texts(*, method="optmerge", options=None, **measured) -> str:
+    found = findings.find(made_up(**measured), method, options)
+    return "\n".join(f"{finding.severity}: {finding}" for finding in found)
+
+
+def one_pair(cosine) -> dict:
+    return {"of_pairs": {"cosine": [cosine, 0.0, 0.0]}}
+
+
+@pytest.mark.parametrize(
+    ("quiet", "telling", "word"),
+    [
+        ({"cosine_with_base": 0.951}, {"cosine_with_base": 0.949}, "from another base"),
+        ({"relative_norm": 0.099}, {"relative_norm": 0.101}, "warning: a, b, c: moved by 10.1%"),
+        (
+            {"cosine_with_base": 0.9, "entropy_rank": 299.0},
+            {"cosine_with_base": 0.9, "entropy_rank": 301.0},
+            "spread over 30% of the directions",
+        ),
+        (one_pair(0.499), one_pair(0.501), "share a change"),
+        (one_pair(0.989), one_pair(0.991), "nearly the same"),
+        (one_pair(-0.199), one_pair(-0.201), "point against each other"),
+        (
+            {"of_pairs": {"cosine": [0.501, 0.501, 0.499]}},
+            {"of_pairs": {"cosine": [0.501, 0.501, 0.501]}},
+            "problem: a, b, c: all task vectors point the same way",
+        ),
+        ({"norm": [1.0, 2.99, 1.0]}, {"norm": [1.0, 3.01, 1.0]}, "warning: b: its task vector is"),
+        ({"others": 0.149}, {"others": 0.151}, "every second sum with more than 15%"),
+        (
+            {"others": 0.079, "rank": 50.0},
+            {"others": 0.081, "rank": 50.0},
+            "'s LoRA experts every second sum with more than 8%",
+        ),
+        ({"rank": 251.0}, {"rank": 249.0}, "Write preset: lora into"),
+        (
+            {"of_pairs": {"shared_subspace": 0.399}},
+            {"of_pairs": {"shared_subspace": 0.401}},
+            "They read the same features",
+        ),
+        (
+            {"of_pairs": {"shared_subspace": 0.401}},
+            {"of_pairs": {"shared_subspace": 0.399}},
+            "Their rows tell little",
+        ),
+        ({"rounding": 0.099}, {"rounding": 0.101}, "warning: a: 10% of its task vector's energy"),
+        ({"rounding": 0.399}, {"rounding": 0.401}, "problem: a: about half or more"),
+        (
+            {"rounding": 0.2, "unchanged": 0.499},
+            {"rounding": 0.2, "unchanged": 0.501},
+            "50% of the entries equal the base's",
+        ),
+    ],
+)
+def test_each_threshold_has_two_sides(quiet, telling, word):
+    """Numbers are typed here, not the constants: a threshold that moves is a change to notice."""
+    assert word not in texts(**quiet)
+    assert word in texts(**telling)
+
+
+def test_full_rank_is_low_rank_for_the_preset_lora_alone():
+    for rank, told_full in ((251.0, True), (249.0, False)):
+        found = texts(rank=rank, options={"preset": "lora"})
+        assert ("Write preset: full into" in found) == told_full
+    assert "preset" not in texts(rank=float("nan"))
+
+
+@pytest.mark.parametrize(("rank", "scaling"), [(1000.0, "0.5"), (50.0, "0.2")])
+def test_the_scaling_to_try_brings_a_sum_to_its_aim(rank, scaling):
+    """0.08 of 0.16 for full fine-tuning, 0.04 (0.25 of it, rounded to one digit) for LoRA."""
+    assert f"search λ around {scaling} on" in texts(rank=rank, others=0.16)
+
+
+def test_experts_that_are_far_from_the_base_are_of_another_and_not_strong():
+    found = texts(cosine_with_base=[0.949, 0.951, 0.951], relative_norm=[0.2, 0.2, 0.05])
+    assert "problem: a: its weights" in found and "warning: b: moved by 20.0%" in found
