@@ -19,6 +19,13 @@ def test_the_papers_subspace():
     assert distance(optmerge(task_vectors), expected) > 1e-3
 
 
+@pytest.mark.parametrize("case", ["one zero expert", "all zero"])
+def test_a_zero_expert_weighs_nothing_though_its_centred_subspace_is_not_zero(case):
+    task_vectors = CASES[case]
+    expected, _ = reference.optmerge_full(task_vectors, paper=True)
+    assert distance(optmerge(task_vectors, subspace="centered"), expected) < 1e-9
+
+
 def test_table_4s_steps_from_wudi_to_optmerge():
     """WUDI, with SGD, from the mean, at low rank: the last is OptMerge for LoRA."""
     task_vectors = CASES["square"]

@@ -86,6 +86,17 @@ def test_what_is_not_resolved_is_exactly_zero(shape, dtype):
         assert torch.equal(part, torch.zeros_like(part))
 
 
+@pytest.mark.parametrize("shape", [(100, 3), (3, 100)])
+def test_what_is_resolved_is_all_above_the_documented_share(shape):
+    """Of the largest, √(100·2.2e-16) = 1.5e-7: twice as much is a direction, half as much is 0."""
+    matrix = torch.zeros(shape, dtype=torch.float64)
+    for place, value in enumerate((1.0, 3e-7, 0.75e-7)):
+        matrix[place, place] = value
+    _, S, _ = truncated_svd(matrix)
+    for values in (S, singular_values(matrix)):
+        assert values.tolist() == pytest.approx([1, 3e-7, 0], rel=1e-2, abs=0)
+
+
 def test_svd_leaves_its_input():
     matrix = MATRICES["tall"].clone()
     truncated_svd(matrix)
