@@ -62,7 +62,10 @@ def opened(folder, **options):
         return None
     for name in checkpoint:
         tensor = checkpoint[name]
-        assert (tuple(tensor.shape), tensor.dtype) == (checkpoint.shape(name), tensor.dtype)
+        assert (tuple(tensor.shape), tensor.dtype) == (
+            checkpoint.shape(name),
+            checkpoint.dtype(name),
+        )
         assert tensor.nbytes == checkpoint.nbytes(name)
     return checkpoint
 
