@@ -1,4 +1,7 @@
-"""python -m optmerge_core merge | inspect | run RECIPE, benchmarks MODEL."""
+"""optmerge, or python -m optmerge_core: merge | inspect | run RECIPE, benchmarks MODEL.
+
+Each command imports what it needs once its recipe is read, so that help and refusals are quick.
+"""
 
 from __future__ import annotations
 
@@ -8,41 +11,26 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
+from optmerge_core.errors import exit_status
 
-from optmerge_core.merging.merge import merge
-from optmerge_core.study.findings import OTHER_BASE_NORM
-from optmerge_core.study.inspect import show
-from optmerge_core.study.notebooks import NotebookError, run
-from optmerge_core.study.open import check_stream, open_study, settings
-from optmerge_core.study.recipe import Recipe, load_recipe
+if TYPE_CHECKING:
+    from optmerge_core.study.recipe import Recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status, 1 for an error that is explained on stderr.
-
-    130, as shells count it, when it was interrupted: a merge leaves nothing then, a run continues
-    where it was.
-    """
+    """Run one command; returns the exit status, see `errors.exit_status`."""
     options = _parser().parse_args(arguments)
-    with warnings.catch_warnings():
-        warnings.simplefilter("default")
-        warnings.showwarning = lambda message, *_: print(f"notice: {message}", file=sys.stderr)
-        try:
-            options.command(options)
-        except (ValueError, OSError, NotebookError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
-    return 0
+    return exit_status(lambda: options.command(options))
 
 
 def _load_recipe(path: str, stream: bool) -> Recipe:
+    from optmerge_core.study.recipe import load_recipe
+
     recipe = load_recipe(path)
+    from optmerge_core.study.open import check_stream
+
     check_stream(recipe, stream)
     left_out = [e.name for e in recipe.models if e.name not in recipe.experts]
     if left_out:
@@ -55,13 +43,17 @@ def _load_recipe(path: str, stream: bool) -> Recipe:
 
 def merge_command(options: argparse.Namespace) -> None:
     recipe = _load_recipe(options.recipe, options.stream)
+    from optmerge_core.merging.merge import merge
+    from optmerge_core.study.findings import OTHER_BASE_NORM
+    from optmerge_core.study.open import settings
+
     models = (recipe.base_model, recipe.experts, options.output)
     chosen = settings(recipe, options.method)
     chosen |= {"device": options.device, "overwrite": options.overwrite}
     if options.scaling_coefficient is not None:
         chosen["scaling_coefficient"] = options.scaling_coefficient
     if recipe.merges == "modalities":
-        from optmerge_core.omni import compose  # slow: transformers and PEFT
+        from optmerge_core.omni import compose
 
         compose(*models, **chosen)
         print(f"{options.output}: one Omni model of {', '.join(recipe.experts)}")
@@ -83,18 +75,32 @@ def merge_command(options: argparse.Namespace) -> None:
 
 def inspect_command(options: argparse.Namespace) -> None:
     recipe = _load_recipe(options.recipe, options.stream)
+    from rich.console import Console
+
+    from optmerge_core.study.inspect import show
+    from optmerge_core.study.open import open_study
+
     width = None if sys.stdout.isatty() else 120
     show(open_study(recipe, stream=options.stream), Console(highlight=False, width=width))
 
 
 def run_command(options: argparse.Namespace) -> None:
     if options.sweep is None:
+        from optmerge_core.study.notebooks import run
+
         run(options.recipe, options.output, options.device)
         return
-    from optmerge_core.study.sweep import parse_axes, readable, sweep  # slow: matplotlib
-
     if options.output is None:
         raise ValueError("--sweep: give --output DIR, the folder of its table")
+    from optmerge_core.study.recipe import load_recipe
+
+    for path in options.recipe:
+        load_recipe(path)
+    from rich.console import Console
+    from rich.table import Table
+
+    from optmerge_core.study.sweep import parse_axes, readable, sweep
+
     axes = parse_axes(options.sweep)
     score_of = partial(_validation_score, options.device)
     table = readable(sweep(options.recipe, axes, options.output, options.device, score_of))
@@ -126,11 +132,11 @@ def _validation_score(device: str, recipe: Recipe):
 
 
 def benchmarks_command(options: argparse.Namespace) -> None:
-    from optmerge_core import figures  # slow: matplotlib
-    from optmerge_core.evaluation import public_benchmarks, public_results  # slow: matplotlib
-
     if (options.model is None) == (options.results is None):
         raise ValueError("give either a merged model's folder, or --results with result files")
+    from optmerge_core import figures
+    from optmerge_core.evaluation import public_benchmarks, public_results
+
     if options.model is not None:
         files = public_benchmarks.hand_off(options.model, options.table)
         if options.output is None:
@@ -153,7 +159,9 @@ def benchmarks_command(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m optmerge_core", description=__doc__)
+    script = Path(sys.argv[0]).stem == "optmerge"
+    prog = "optmerge" if script else "python -m optmerge_core"
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, command, text: str, output: bool = True) -> argparse.ArgumentParser:

@@ -9,6 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "optmerge_core"
 FLOORS = (
+    {"errors"},
     {"runtime", "figures", "places"},
     {"checkpoints", "methods"},
     {"task_vectors"},

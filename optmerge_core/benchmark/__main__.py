@@ -4,8 +4,12 @@ What made the shipped checkpoints and the tables of longer experiments; each tak
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
+
+from optmerge_core.errors import exit_status
 
 COMMANDS = {
     "questions": "tasks.samples:write_splits",
@@ -20,10 +24,21 @@ COMMANDS = {
 FAMILIES, MODALITIES = ("internvl", "qwen2_vl"), ("vision", "audio", "video")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status, see `errors.exit_status`."""
     options = vars(parser().parse_args(arguments))
-    file, function = COMMANDS[options.pop("command")].split(":")
+    command = options.pop("command")
     given = {name: value for name, value in options.items() if value is not None}
+    return exit_status(lambda: _run(command, given))
+
+
+def _run(command: str, given: dict[str, Any]) -> None:
+    """The recipes, if there are any, are looked at before the command's file is imported."""
+    from optmerge_core.study.recipe import read_recipe
+
+    for path in [*given.get("recipes", []), *([given["recipe"]] if "recipe" in given else [])]:
+        read_recipe(path)
+    file, function = COMMANDS[command].split(":")
     getattr(import_module(f"optmerge_core.benchmark.{file}"), function)(**given)
 
 
@@ -60,4 +75,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from optmerge_core.checkpoints import URL
 from optmerge_core.checkpoints.formats import (
-    URL,
     CheckpointError,
     Entry,
     read_header,

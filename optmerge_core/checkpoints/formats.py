@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Collection
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
+
+from optmerge_core.checkpoints import HUB_ID
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -20,8 +21,6 @@ FORMATS = {
 }  # suffix -> names of a single file, of an adapter, of the index; in order of preference
 SIDE_PATTERNS = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py"]
 PICKLE_PATTERNS = ["pytorch_model*.bin", "adapter_model.bin"]
-HUB_ID = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?")
-URL = re.compile(r"https?://\S+", re.IGNORECASE)
 STORED_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,

@@ -11,12 +11,12 @@ from huggingface_hub import constants
 from huggingface_hub.utils import httpx
 from torch import Tensor
 
+from optmerge_core.checkpoints import URL
 from optmerge_core.checkpoints.adapters import Adapter
 from optmerge_core.checkpoints.folder import Checkpoint
 from optmerge_core.checkpoints.formats import (
     PICKLE_PATTERNS,
     SIDE_PATTERNS,
-    URL,
     CheckpointError,
     parse_hub_id,
 )

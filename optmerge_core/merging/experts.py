@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from optmerge_core.checkpoints.formats import HUB_ID, dtype_name
+from optmerge_core.checkpoints import HUB_ID
+from optmerge_core.checkpoints.formats import dtype_name
 from optmerge_core.checkpoints.names import is_embeddings, is_head
 from optmerge_core.checkpoints.open import open_checkpoint, open_expert
 from optmerge_core.checkpoints.weights import Weights

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optmerge_core.methods import check_options_exist
+
 Weights = Sequence[float] | None
 """One number for each expert, by which its task vector counts; None: all the same."""
 
@@ -43,10 +45,7 @@ def check_option_names(method: Callable, options: Mapping[str, Any]) -> None:
     """Raise a ValueError if `options` has a name that is no keyword of the method."""
     parameters = inspect.signature(method).parameters.values()
     valid = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
-    for name in options:
-        if name not in valid:
-            known = f"its options are {', '.join(valid)}" if valid else "it has no options"
-            raise ValueError(f"{method.__name__} has no option {name!r}; {known}")
+    check_options_exist(method.__name__, options, valid)
 
 
 def check_task_vectors(task_vectors: Tensor) -> None:

@@ -6,21 +6,16 @@ merged model = base model + scaling coefficient · merged task vector.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optmerge_core.methods.averages import task_arithmetic, weight_average
+from optmerge_core.methods import FILES, no_method
 from optmerge_core.methods.blocks import Blocks
 from optmerge_core.methods.contract import check_option_names
-from optmerge_core.methods.dare import dare_task_arithmetic, dare_ties
-from optmerge_core.methods.iso_c import iso_c
-from optmerge_core.methods.optmerge import optmerge
-from optmerge_core.methods.swudi import aswudi, swudi
-from optmerge_core.methods.ties import ties, ties_blocks
-from optmerge_core.methods.tsv import tsv
-from optmerge_core.methods.wudi import wudi
+from optmerge_core.methods.ties import ties_blocks
 
 
 def merges_in_blocks(method: str, options: Mapping[str, Any], trim: str = "tensor") -> bool:
@@ -50,24 +45,12 @@ class _Methods(dict):
     """The methods by name; asking for one that isn't there is a ValueError naming all."""
 
     def __missing__(self, name: str) -> Callable:
-        raise ValueError(f"there is no merge method {name!r}; methods are {', '.join(self)}")
+        raise no_method(name)
 
 
 METHODS: Mapping[str, Callable[..., Tensor]] = _Methods(
-    (method.__name__, method)
-    for method in (
-        weight_average,
-        task_arithmetic,
-        ties,
-        dare_task_arithmetic,
-        dare_ties,
-        tsv,
-        iso_c,
-        wudi,
-        optmerge,
-        swudi,
-        aswudi,
-    )
+    (name, getattr(import_module(f"optmerge_core.methods.{file}"), name))
+    for name, file in FILES.items()
 )
 
 

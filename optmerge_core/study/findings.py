@@ -6,11 +6,13 @@ notebook 01 shows how well the rules predict there. They are few models, all of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
 
 GENTLE, STRONG = (0.059, 0.094), (0.110, 0.173)
 """Relative norms of the embedded InternVL's experts: data/recipes/internvl.yaml, _stressed.yaml."""
@@ -188,7 +190,7 @@ def crowded(diagnosis: Diagnosis, merge: Merge) -> Iterator[Finding]:
 def shared_directions(diagnosis: Diagnosis, merge: Merge) -> Iterator[Finding]:
     # A task vector of zeros has no cosine, one that is there twice tells nothing of two experts.
     pairs = diagnosis.pairs[diagnosis.pairs["cosine"] <= DUPLICATE]
-    if not len(pairs) or pd.isna(pairs["chance"]).all():
+    if not len(pairs) or pairs["chance"].isna().all():
         return
     shared, chance = pairs[["shared_subspace", "chance"]].mean()
     if shared > chance + SHARED:
@@ -229,7 +231,9 @@ def rounding(diagnosis: Diagnosis, merge: Merge) -> Iterator[Finding]:
 
 def dropped(diagnosis: Diagnosis, merge: Merge) -> Iterator[Finding]:
     for name, rows in diagnosis.dropped.groupby("expert", sort=False):
-        norms = ["another shape, or none" if pd.isna(x) else f"{x:.1%}" for x in rows.relative_norm]
+        norms = [
+            "another shape, or none" if math.isnan(x) else f"{x:.1%}" for x in rows.relative_norm
+        ]
         modules = [f"{module} ({norm})" for module, norm in zip(rows.module, norms, strict=True)]
         yield Finding(
             "warning",

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import nbformat
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from optmerge_core.errors import extra
 
 PACKAGES = ("optmerge-core", "torch", "transformers", "safetensors", "peft", "numpy", "pandas")
 ROWS = 200
@@ -86,13 +87,21 @@ def _write(page: Path, title: str, **values: Any) -> Path:
     return partial.replace(page)
 
 
+def read_notebook(path: Path) -> Any:
+    """A notebook in the format's fourth version, as nbformat gives it."""
+    with extra("notebooks"):
+        import nbformat  # slow: it parses a grammar of JSON schemas
+
+    return nbformat.read(path, as_version=4)
+
+
 def _notebook(name: str, copies: Path) -> dict[str, Any]:
     """Its executed copy with the seconds, or the copy that failed, or neither: it is to come."""
     done, failed = copies / name, (copies / name).with_suffix(".failed.ipynb")
     if not done.is_file():
         found = failed if failed.is_file() else None
         return {"name": name, "done": None, "failed": found, "seconds": 0}
-    seconds = nbformat.read(done, as_version=4).metadata.get("papermill", {}).get("duration")
+    seconds = read_notebook(done).metadata.get("papermill", {}).get("duration")
     return {"name": name, "done": done, "seconds": seconds or 0}
 
 

@@ -13,17 +13,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import nbformat
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
+from optmerge_core.errors import extra
 from optmerge_core.places import checkout
-from optmerge_core.study.index_page import write_contents, write_index
+from optmerge_core.study.index_page import read_notebook, write_contents, write_index
 from optmerge_core.study.recipe import load_recipe
 
 
-class NotebookError(RuntimeError):
+class NotebookError(ChildProcessError):
     """A notebook failed; the message names notebook, cell, error and the copy to read."""
 
 
@@ -176,7 +176,7 @@ def _run_all(
 
 def _parameter(notebook: Path, name: str) -> str | None:
     """The source of a parameter's default, None if the notebook has no such parameter."""
-    cells = nbformat.read(notebook, as_version=4).cells
+    cells = read_notebook(notebook).cells
     tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     found = re.search(rf"^{name}\s*=\s*([^#\n]*)", "\n".join(tagged), re.MULTILINE)
     return found and found[1].strip()
@@ -190,8 +190,9 @@ def _merges(notebook: Path) -> str:
 
 def _execute(notebook: Path, copy: Path, parameters: dict[str, Any]) -> None:
     """Run one notebook; `copy` exists afterwards only if every cell has run without an error."""
-    import papermill  # takes a second, and only this command needs it
-    from traitlets.config import Config
+    with extra("notebooks"):
+        import papermill  # takes a second
+        from traitlets.config import Config
 
     partial = copy.with_suffix(".partial.ipynb")
     failed = copy.with_suffix(".failed.ipynb")
@@ -228,7 +229,7 @@ def _execute(notebook: Path, copy: Path, parameters: dict[str, Any]) -> None:
 def _finished(copy: Path, newest_input: float, parameters: dict[str, Any]) -> bool:
     if not copy.exists() or copy.stat().st_mtime < newest_input:
         return False
-    metadata = nbformat.read(copy, as_version=4).metadata.get("papermill", {})
+    metadata = read_notebook(copy).metadata.get("papermill", {})
     return metadata.get("parameters") == parameters and metadata.get("exception") is None
 
 
@@ -236,7 +237,7 @@ def _last_cell(copy: Path) -> str:
     """The last code cell that was started, by its number and its first line."""
     cells = [
         cell
-        for cell in nbformat.read(copy, as_version=4).cells
+        for cell in read_notebook(copy).cells
         if cell.cell_type == "code" and cell.metadata.get("papermill", {}).get("start_time")
     ]
     if not cells:

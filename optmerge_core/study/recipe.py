@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,7 +26,9 @@ from pydantic import (
     model_validator,
 )
 
+from optmerge_core.checkpoints import HUB_ID, URL
 from optmerge_core.merging.families import FAMILIES
+from optmerge_core.methods import check_names
 from optmerge_core.study import mergekit
 
 SCIENTIFIC = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)e[-+]?\d+", re.IGNORECASE)
@@ -52,8 +56,6 @@ def _locate(location: str, info: ValidationInfo) -> str:
         for candidate in (info.context / Path(location).expanduser(), Path(location)):
             if candidate.exists():
                 return os.path.relpath(candidate.resolve())
-    from optmerge_core.checkpoints.formats import HUB_ID, URL  # imports torch
-
     if HUB_ID.fullmatch(location) or URL.fullmatch(location):
         return location
     adapter = ", nor base_model+adapter" if "+" in location else ""
@@ -199,17 +201,12 @@ def load_recipe(path: str | Path) -> Recipe:
     recipe = read_recipe(path)
     from optmerge_core.merging.checks import check_method  # imports torch, which takes seconds
 
-    for method in (recipe.merge_method, *recipe.method_options):
-        try:
-            check_method(method, recipe.options(method), len(recipe.experts))
-        except ValueError as error:
-            beside = "; the scaling coefficient is lambda" * ("has no option" in str(error))
-            raise RecipeError(f"{path}: {error}{beside}") from error
+    _check_methods(path, recipe, partial(check_method, experts=len(recipe.experts)))
     return recipe
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """The same without a look at the methods and their options, which saves the import of torch."""
+    """The same without a look at the values of methods' options, which saves torch's import."""
     path = Path(path)
     try:
         content = _parse(path.read_text(encoding="utf-8"))
@@ -223,10 +220,22 @@ def read_recipe(path: str | Path) -> Recipe:
         raise RecipeError(f"{path}: a recipe is a mapping with the keys {_keys(Recipe)}")
     content.setdefault("name", path.stem)
     try:
-        return Recipe.model_validate(content, context=path.parent)
+        recipe = Recipe.model_validate(content, context=path.parent)
     except ValidationError as error:
         problems = [_explain(problem) for problem in error.errors()]
         raise RecipeError(f"{path}: " + "; ".join(problems)) from error
+    _check_methods(path, recipe, check_names)
+    return recipe
+
+
+def _check_methods(path: str | Path, recipe: Recipe, check: Callable[..., None]) -> None:
+    """`check(method, options)` for each method that the recipe names; its errors name the file."""
+    for method in (recipe.merge_method, *recipe.method_options):
+        try:
+            check(method, recipe.options(method))
+        except ValueError as error:
+            beside = "; the scaling coefficient is lambda" * ("has no option" in str(error))
+            raise RecipeError(f"{path}: {error}{beside}") from error
 
 
 def _parse(text: str) -> Any:

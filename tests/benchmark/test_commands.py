@@ -10,14 +10,15 @@ from optmerge_core.benchmark.models import omni
 from optmerge_core.benchmark.models.registry import EMBEDDED_FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
+RECIPE = str(ROOT / "data" / "recipes" / "omni.yaml")
 GIVEN = {
     "questions": "folder",
     "train": "out --family qwen2_vl --only gentle/VQA --seed 2 --width 2",
     "omni-train": "out --seeds 1 2 --modalities vision audio",
-    "seeds": "recipe out --seeds 1 2",
-    "omni-seeds": "recipe out --seeds 1 2",
-    "subsets": "one two --output out",
-    "ranks": "recipe out",
+    "seeds": f"{RECIPE} out --seeds 1 2",
+    "omni-seeds": f"{RECIPE} out --seeds 1 2",
+    "subsets": f"{RECIPE} {RECIPE} --output out",
+    "ranks": f"{RECIPE} out",
 }
 
 
@@ -27,11 +28,11 @@ def test_what_is_given_reaches_the_function(command, monkeypatch):
     module, reached = import_module(f"optmerge_core.benchmark.{file}"), []
     parameters = signature(getattr(module, name)).parameters
     monkeypatch.setattr(module, name, lambda **given: reached.append(given))
-    main([command, *GIVEN[command].split()])
+    assert main([command, *GIVEN[command].split()]) == 0
     assert reached[0].keys() == parameters.keys()
     needed = [p for p in parameters.values() if p.default is p.empty]
-    least = "one --output out" if command == "subsets" else " ".join(["x"] * len(needed))
-    main([command, *least.split()])
+    least = [RECIPE, "--output", "out"] if command == "subsets" else [RECIPE] * len(needed)
+    assert main([command, *least]) == 0
     assert reached[1].keys() == {p.name for p in needed}  # all else is the function's default
 
 

@@ -12,7 +12,7 @@ from optmerge_core import __main__ as command
 from optmerge_core import load_recipe
 from optmerge_core.benchmark.experiments import seeds, subsets
 from optmerge_core.benchmark.tasks.samples import TASKS
-from optmerge_core.merging.merge import merge
+from optmerge_core.merging import merge as merging
 from optmerge_core.methods.registry import METHODS
 from optmerge_core.study import open as opening
 from optmerge_core.study.open import open_study, settings, settings_in_memory
@@ -58,7 +58,7 @@ def calls(monkeypatch):
         return call
 
     monkeypatch.setattr(opening, "merge_tensors", recorded(opening.merge_tensors))
-    monkeypatch.setattr(command, "merge", recorded(command.merge))
+    monkeypatch.setattr(merging, "merge", recorded(merging.merge))
     monkeypatch.setattr(opening, "diagnose", recorded(opening.diagnose))
     return calls
 
@@ -108,7 +108,7 @@ def test_every_reader_of_a_recipe_merges_by_all_that_it_says(recipe, calls, tmp_
 def test_a_study_has_what_merge_merges(tiny, recipe, tmp_path):
     """The merged task vectors in memory are those of the merge to disk, by name and value."""
     study = open_study(load_recipe(recipe(dtype=None)))
-    report = merge(tiny.base, tiny.experts, tmp_path / "out", **settings(study.recipe))
+    report = merging.merge(tiny.base, tiny.experts, tmp_path / "out", **settings(study.recipe))
     assert [record["name"] for record in report.parameters] == study.names
     norms = {name: float(tensor.norm()) for name, tensor in study.merge_tensors().items()}
     assert {r["name"]: r["merged_norm"] for r in report.parameters} == pytest.approx(norms)
