@@ -6,9 +6,9 @@ Colours are Okabe and Ito's, safe for colour-blind readers; markers tell methods
 from itertools import cycle
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
+
+from optmerge_core.errors import extra
 
 LABELS = {
     "base_model": "Base model",
@@ -57,6 +57,10 @@ EXPERT_COLORS = [
 
 def use_style():
     """The look of every figure: white, thin grid; the same numbers give the same file."""
+    with extra("plots"):
+        import matplotlib.pyplot as plt
+        import seaborn as sns
+
     sns.set_theme(context="notebook", style="whitegrid", font_scale=0.9)
     plt.rcParams.update(
         {"figure.dpi": 100, "savefig.dpi": 200, "svg.hashsalt": "optmerge", "svg.fonttype": "none"}

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -82,24 +83,63 @@ def test_environment_takes_the_same_pins_and_python():
         assert (version in conda) == (version in project) == (version != "3.10"), version
 
 
-def test_every_import_of_the_core_is_declared():
-    declared = {
-        canonicalize_name(Requirement(text).name) for text in read_project()["dependencies"]
-    } | {"papermill", "nbformat", "traitlets"}  # the extra `notebooks`
-    declared |= {"triton"}  # comes with torch where there is CUDA, for kernels.py alone
-    distributions = packages_distributions()
-    for path in (ROOT / "optmerge_core").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                modules = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.level == 0:
-                modules = [node.module]
-            else:
-                continue
-            for module in {name.split(".")[0] for name in modules} - {"optmerge_core"}:
-                if module not in sys.stdlib_module_names:
-                    owners = {canonicalize_name(n) for n in distributions.get(module, [module])}
-                    assert owners & declared, f"{path.name} imports {module}, not in pyproject.toml"
+def installed_by(*extras: str) -> set[str]:
+    """The packages that pyproject.toml names for the core, and for these extras with their own."""
+    project = read_project()
+    texts = list(project["dependencies"])
+    for extra in extras:
+        texts += project["optional-dependencies"][extra]
+    found = [Requirement(text) for text in texts]
+    inner = {name for entry in found if entry.name == project["name"] for name in entry.extras}
+    names = {canonicalize_name(entry.name) for entry in found if entry.name != project["name"]}
+    return names | (installed_by(*inner) if inner else set())
+
+
+def extras_of(node: ast.AST) -> set[str]:
+    """The extras of `with extra("name"):`; any where an import may fail."""
+    if isinstance(node, ast.Try):
+        handled = {getattr(handler.type, "id", "") for handler in node.handlers}
+        return {"dev"} if handled == {"ModuleNotFoundError"} else set()
+    calls = [item.context_expr for item in node.items] if isinstance(node, ast.With) else []
+    calls = [call for call in calls if isinstance(call, ast.Call)]
+    return {call.args[0].value for call in calls if getattr(call.func, "id", "") == "extra"}
+
+
+def third_party(node: ast.AST, extras: set[str]) -> Iterator[tuple[str, set[str]]]:
+    """Module that is imported, and the extras named around the import."""
+    extras = extras | extras_of(node)
+    names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+    names += [node.module] if isinstance(node, ast.ImportFrom) else []
+    for name in {name.split(".")[0] for name in names} - {"optmerge_core"}:
+        if name not in sys.stdlib_module_names:
+            yield name, extras
+    for child in ast.iter_child_nodes(node):
+        yield from third_party(child, extras)
+
+
+def test_every_import_is_the_cores_or_in_an_extra_that_is_named():
+    """In the file, by `with extra("name"):`, or for the whole room, by that in its __init__.py."""
+    distributions, package = packages_distributions(), ROOT / "optmerge_core"
+    guarded = 0
+    for path in package.rglob("*.py"):
+        rooms = [
+            folder / "__init__.py" for folder in path.parents if folder.is_relative_to(package)
+        ]
+        inits = [node for room in rooms for node in ast.parse(room.read_text()).body]
+        named = {extra for node in inits for extra in extras_of(node)}
+        for module, extras in third_party(ast.parse(path.read_text()), named):
+            declared = installed_by(*extras) | {"triton"}  # comes with torch where there is CUDA
+            owners = {canonicalize_name(name) for name in distributions.get(module, [module])}
+            where = f"not installed by {' or '.join(extras) or 'the core'} in pyproject.toml"
+            assert owners & declared, f"{path.relative_to(ROOT)} imports {module}, {where}"
+            guarded += not owners & installed_by()
+    assert guarded > 20
+
+
+def test_dev_is_everything():
+    project = read_project()
+    names = {canonicalize_name(entry.name) for entry in direct_requirements()}
+    assert installed_by("dev") == names and "optmerge" in project["scripts"]
 
 
 def test_an_installed_package_has_every_file_of_the_core():

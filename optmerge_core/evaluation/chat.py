@@ -6,12 +6,14 @@ A model with a vocabulary of its own has to be told what form an answer should h
 import re
 from pathlib import Path
 
-import transformers
-from PIL import Image
-from transformers import AutoProcessor, ProcessorMixin
-
 from optmerge_core.checkpoints.formats import read_json
+from optmerge_core.errors import extra
 from optmerge_core.evaluation.metrics import box, metric_of
+
+with extra("models"):
+    import transformers
+    from PIL import Image
+    from transformers import AutoProcessor, ProcessorMixin
 
 SIDE = 448  # pixels that the shorter side of a picture has at least
 WORD = "Answer with a single word, a number in digits or the characters alone."

@@ -9,14 +9,17 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from transformers import AutoModelForImageTextToText
 
 from optmerge_core.checkpoints.names import closest_names
 from optmerge_core.checkpoints.open import open_checkpoint
+from optmerge_core.errors import extra
 from optmerge_core.evaluation import chat
 from optmerge_core.evaluation.metrics import is_correct, metric_of
 from optmerge_core.runtime import in_order, parse_device
 from optmerge_core.task_vectors.stack import apply
+
+with extra("models"):
+    from transformers import AutoModelForImageTextToText
 
 
 def load_model(folder, dtype=torch.float32, trust_remote_code=False):

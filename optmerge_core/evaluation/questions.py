@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
-import pyarrow.parquet as pq
-from datasets import Dataset, Image, concatenate_datasets
-from datasets.table import InMemoryTable
-
+from optmerge_core.errors import extra
 from optmerge_core.evaluation.metrics import METRICS
+
+with extra("datasets"):
+    import pyarrow.parquet as pq
+    from datasets import Dataset, Image, concatenate_datasets
+    from datasets.table import InMemoryTable
 
 
 def tasks_of(folder):

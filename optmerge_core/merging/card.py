@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
-from optmerge_core.checkpoints.formats import HUB_ID, URL, parse_hub_id
+from optmerge_core.checkpoints import HUB_ID, URL
+from optmerge_core.checkpoints.formats import parse_hub_id
 from optmerge_core.checkpoints.names import layer_index
 from optmerge_core.merging.report import MergeReport
 
@@ -123,14 +124,21 @@ def _classes(config: dict, folder: Path | None) -> dict[str, Any]:
         model_class = "AutoModel" if "AutoModel" in names or not names else names[0]
     processor = _processor_class(folder) if folder else None
     by_name = folder is None and not model_class.endswith("ForCausalLM")
-    import transformers  # slow, and only a card needs it
-
     return {
         "model_class": model_class,
         "reader": "Processor" if by_name or processor is not None else "Tokenizer",
         "remote": bool(remote),
-        "foreign": processor if processor and not hasattr(transformers, processor) else None,
+        "foreign": processor if processor and not _in_transformers(processor) else None,
     }
+
+
+def _in_transformers(name: str) -> bool:
+    """Whether transformers has this class; where it is not installed, that is believed."""
+    try:
+        import transformers  # slow, and only the card of a folder with a processor needs it
+    except ModuleNotFoundError:
+        return True
+    return hasattr(transformers, name)
 
 
 def _processor_class(folder: Path) -> str | None:

@@ -7,7 +7,6 @@ the language model is computed once for each subset of modalities.
 import numpy as np
 import pandas as pd
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optmerge_core.benchmark.evaluator import by_length
 from optmerge_core.benchmark.models.omni import (
@@ -19,7 +18,11 @@ from optmerge_core.benchmark.models.omni import (
     prompt,
 )
 from optmerge_core.benchmark.tasks.clips import NEEDS, clip, questions
+from optmerge_core.errors import extra
 from optmerge_core.omni import OmniForConditionalGeneration
+
+with extra("benchmark"):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
 MAX_NEW_TOKENS = 4
 SPLIT_SEEDS = {"validation": 301, "test": 302}
