@@ -232,6 +232,22 @@ def test_offline_mode_is_respected(web, monkeypatch):
     assert web.requests == []
 
 
+def test_an_expert_is_streamed_only_if_asked(single):
+    base = stream(single)
+    with pytest.raises(CheckpointError, match="is not downloaded; stream it"):
+        open_expert(f"{single.url}/model", base)
+    assert open_expert(f"{single.url}/model", base, stream=True).source == f"{single.url}/model"
+
+
+def test_a_redirect_within_a_server_keeps_the_token(single, tmp_path):
+    (tmp_path / "model" / "moved.safetensors").write_bytes((tmp_path / SINGLE[1:]).read_bytes())
+    single.redirects[SINGLE] = f"{single.url}/model/moved.safetensors"
+    file = ranges.RemoteFile(f"{single.url}{SINGLE}", {"authorization": "Bearer secret"})
+    assert file.read(0, 10) + file.read(10, 20) == (tmp_path / SINGLE[1:]).read_bytes()[:20]
+    asked = [headers.get("authorization") for _, headers in single.requests]
+    assert asked == ["Bearer secret"] * 3
+
+
 def test_redirects_are_remembered_and_never_see_the_token(single, tmp_path):
     with Web({"cdn": tmp_path / "model"}) as cdn:
         single.redirects[SINGLE] = f"{cdn.url}/cdn/model.safetensors?signed=1"

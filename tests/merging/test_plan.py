@@ -1,5 +1,6 @@
 """A merge as plain data: its parts give, in any order and after any crash, what `merge` gives."""
 
+import inspect
 import json
 import os
 import shutil
@@ -137,6 +138,17 @@ def test_a_plan_says_what_will_be_written_before_a_tensor_is_read(tiny, tmp_path
             assert planned["dtype"] == str(tensors[name].dtype).removeprefix("torch.")
     merged = {name for name, planned in plan.parameters.items() if planned["merged"]}
     assert merged == {row["name"] for row in report(tmp_path / "out")["parameters"]}
+
+
+def test_a_plan_has_the_defaults_of_a_merge():
+    defaults = {
+        "method": "optmerge", "method_options": None, "scaling_coefficient": 1.0, "device": "auto",
+        "dtype": None, "trim": "tensor", "seed": 0, "overwrite": False, "family": None,
+        "scope": "linear", "max_shard_size": "400MB", "stream": False,
+    }  # fmt: skip
+    for function, more in ((merge, {}), (plan_merge, {"max_part_size": "256MB"})):
+        options = list(inspect.signature(function).parameters.values())[3:]
+        assert {option.name: option.default for option in options} == defaults | more
 
 
 def test_parts_are_bounded_by_size_and_by_cost():

@@ -34,6 +34,13 @@ def test_dare_depends_on_the_experts_generator_not_its_position():
         dare(task_vectors, 0.5, generators(1, 2))
 
 
+def test_dare_draws_where_the_generator_lives_whatever_torchs_default_is():
+    ones = torch.ones(2, 6, 5)
+    expected = dare(ones, 0.5, generators(1, 2))
+    with torch.device("meta"):
+        assert torch.equal(dare(ones, 0.5, generators(1, 2)), expected)
+
+
 def test_dare_without_a_generator_draws_from_torchs_own():
     task_vectors = randn(2, 6, 5)
     with torch.random.fork_rng(devices=[]):

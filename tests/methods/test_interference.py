@@ -99,6 +99,19 @@ def test_the_quadratic_form_is_the_loss(case, preset):
     assert distance(form.gradient(tau.detach()), tau.grad) < 1e-9
 
 
+@pytest.mark.parametrize("rows, factored", [(9, True), (10, False)])
+def test_the_products_are_the_cheaper_ones(rows, factored):
+    """C (n, n) is made only where two products with L (rows, n) cost more: 2 · rows ≥ n = 20."""
+    task_vectors = experts((5, 20), count=1)
+    subspace = experts((rows, 20), count=1)
+    form = interference(task_vectors, task_vectors, subspace)
+    tau = experts((5, 20), count=1, seed=1)[0]
+    gradient, loss = form.gradient(tau), form.loss(tau)
+    assert form.factored == factored == ("C" not in vars(form))
+    assert distance(gradient, 2 * (tau @ form.C - form.D)) < 1e-9
+    assert loss == pytest.approx((tau * (tau @ form.C - 2 * form.D)).sum().item() + form.constant)
+
+
 @pytest.mark.parametrize("init", ["sum", "mean"])
 @pytest.mark.parametrize("shrink", [1e-3, 0.1, 10.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,7 +1,10 @@
+from types import SimpleNamespace
+
+import pandas as pd
 import pytest
 from published import HUB
 
-from optmerge_core.study.inspect import summary
+from optmerge_core.study.inspect import _print_table, summary
 
 LINEAR = "linear layer of the language model"
 FUSED = "experts fused in one tensor"
@@ -39,6 +42,20 @@ def test_summary_has_a_row_for_each_kind():
     assert table["merges"].tolist() == [True] * 8 + [False]
     assert table["why"][7] == "scope all: outside the language model"
     assert table["count"].sum() == len(shapes) + 1
+
+
+def test_words_stand_left_and_numbers_right_and_no_rows_give_no_table():
+    rows = pd.DataFrame({"expert": ["a", "b"], "relative_norm": [0.125, float("nan")], "n": [1, 2]})
+    printed = []
+    console = SimpleNamespace(print=printed.append)
+    _print_table(console, "title", rows)
+    _print_table(console, "nothing", rows[:0])
+    (table,) = printed
+    assert [(x.header, x.justify, list(x.cells)) for x in table.columns] == [
+        ("expert", "left", ["a", "b"]),
+        ("relative norm", "right", ["12.5%", "–"]),
+        ("n", "right", ["1", "2"]),
+    ]
 
 
 @pytest.mark.parametrize("name", [name for name, _ in HUB])

@@ -96,6 +96,13 @@ def test_a_weight_or_an_option_leaves_the_methods_other_options(write, method, o
         assert own.items() <= options.items()
 
 
+@pytest.mark.parametrize("model", ["nowhere", "nowhere+ocr"])
+def test_what_may_stand_for_a_model_names_an_adapter_only_where_one_is_meant(write, model):
+    with pytest.raises(RecipeError, match="neither a folder .* nor a hub id") as caught:
+        load_recipe(write(models=[{"model": model}]))
+    assert ("nor base_model+adapter" in str(caught.value)) == ("+" in model)
+
+
 def test_mergekits_parameters_beside_each_model_and_base_in_the_list(write):
     models = [{"model": "base"}]
     models += [{"model": f"experts/{x}", "parameters": {"density": 0.5}} for x in ("ocr", "vqa")]
