@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -333,6 +334,7 @@ def parse_size(name: str, size: int | str) -> int:
     """Bytes of 1000, "20KB", "500MB", "1.5GB" (powers of ten, as transformers counts them)."""
     units = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(B|KB|MB|GB)?", str(size).upper())
-    if match is None or float(match[1]) <= 0:
+    count = int(Fraction(match[1]) * units[match[2] or "B"]) if match else 0
+    if count < 1:
         raise ValueError(f"{name} {size!r}: give bytes, or a text like '500MB' or '1GB'")
-    return int(float(match[1]) * units[match[2] or "B"])
+    return count

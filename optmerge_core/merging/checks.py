@@ -37,13 +37,19 @@ def check_request(
     options: dict[str, Any],
     scaling_coefficient: float,
     trim: str,
+    seed: int = 0,
+    family: str | None = None,
 ) -> None:
     """Raise `ValueError` for arguments of `merge` that no checkpoint could make right."""
     if not isinstance(experts, Mapping) or not experts:
         raise ValueError("experts: give at least one, as a mapping name -> folder or hub id")
     check_method(method, options, len(experts))
-    if not math.isfinite(scaling_coefficient):
-        raise ValueError(f"scaling_coefficient {scaling_coefficient}: give a finite number")
+    if not isinstance(scaling_coefficient, int | float) or not math.isfinite(scaling_coefficient):
+        raise ValueError(f"scaling_coefficient {scaling_coefficient!r}: give a finite number")
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise ValueError(f"seed {seed!r}: give a whole number")
+    if not isinstance(family, str | None):
+        raise ValueError(f"family {family!r}: give a model type as config.json names it, or None")
     if trim not in ("tensor", "model"):
         raise ValueError(f"trim {trim!r}: give 'tensor' or 'model'")
     if trim == "model" and method not in TRIMMING:

@@ -153,7 +153,7 @@ def merge_tensors(
     Raises `ValueError` as `merge` does for methods, options and shapes.
     """
     options = dict(method_options or {})
-    check_request(experts, method, options, 1.0, trim)
+    check_request(experts, method, options, 1.0, trim, seed)
     device = parse_device(device)
     task_vectors = TaskVectors(base, experts, names, device)
     merge_parameter = parameter_merger(task_vectors, method, options, seed, trim)

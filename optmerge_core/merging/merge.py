@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from optmerge_core.checkpoints.formats import CheckpointError
 from optmerge_core.checkpoints.parts import part_file, read_part, remove_parts, write_part
 from optmerge_core.checkpoints.remote import streaming
-from optmerge_core.checkpoints.writer import CheckpointWriter
+from optmerge_core.checkpoints.writer import CheckpointWriter, check_output
 from optmerge_core.merging.card import model_card
 from optmerge_core.merging.checks import NothingChanges, check_unchanged
 from optmerge_core.merging.loop import Merged, ParameterMerger
@@ -87,6 +87,7 @@ def merge_part(plan: MergePlan, part: int) -> Path:
     path = part_file(plan.parts_folder, part)
     if path.is_file():
         return path
+    check_output(plan.output_dir, overwrite=plan.overwrite)
     meter = Meter(parse_device(plan.device))
     tensors, records = {}, []
     try:

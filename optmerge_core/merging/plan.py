@@ -191,7 +191,7 @@ def plan_merge(
     Raises `ValueError` (`CheckpointError` for files); nothing is written.
     """
     options, stored = dict(method_options or {}), parse_dtype(dtype)
-    check_request(experts, method, options, scaling_coefficient, trim)
+    check_request(experts, method, options, scaling_coefficient, trim, seed, family)
     check_output(output_dir, overwrite=overwrite)
     chosen = parse_device(device)
     opened = open_models(base_model, experts, family=family, scope=scope, stream=stream)

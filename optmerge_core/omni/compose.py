@@ -76,7 +76,7 @@ def compose(
     """
     chosen, stored = parse_device(device), parse_dtype(dtype)
     meter, options = Meter(chosen), with_preset(method, method_options, "modality")
-    check_request(specialists, method, options, scaling_coefficient, trim)
+    check_request(specialists, method, options, scaling_coefficient, trim, seed, family)
     check_output(output_dir, overwrite=overwrite)
     place = {"family": family, "scope": scope}
     models, opened = open_language_models(base_language_model, specialists, **place)

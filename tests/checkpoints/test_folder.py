@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from optmerge_core.checkpoints import pickles
 from optmerge_core.checkpoints.formats import INDEX_NAME, CheckpointError
 from optmerge_core.checkpoints.open import open_checkpoint, open_expert
-from optmerge_core.checkpoints.writer import CheckpointWriter, side_files
+from optmerge_core.checkpoints.writer import CheckpointWriter, parse_size, side_files
 
 TENSORS = {
     "b": torch.arange(6.0).view(2, 3),
@@ -316,6 +316,19 @@ def test_writer_leaves_nothing_on_error_and_a_killed_writers_rest_is_no_obstacle
         assert {path.name for path in writer.folder.iterdir()} == {"00001"}
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [(1, 1), ("0.5KB", 500), ("1.5 gb", 15 * 10**8), ("9" * 400, int("9" * 400))]
+)
+def test_sizes(text, count):
+    assert parse_size("max_shard_size", text) == count
+
+
+@pytest.mark.parametrize("text", [0, -1, "0.5B", "0.0001KB", "1e3", "MB", True])
+def test_no_sizes(text):
+    with pytest.raises(ValueError, match=f"most {text!r}: give bytes"):
+        parse_size("most", text)
 
 
 def test_writer_refusals(tmp_path):

@@ -274,6 +274,9 @@ def test_an_output_that_has_appeared_keeps_the_parts(tiny, tmp_path):
     join(plan)
     with pytest.raises(CheckpointError, match="1 of 1 parts are not merged yet"):
         join(plan)
+    with pytest.raises(CheckpointError, match="out exists"):
+        merge_part(plan, 0)  # which nobody would join
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.filterwarnings("ignore:expert .* has other names")  # those in memory
