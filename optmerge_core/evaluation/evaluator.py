@@ -14,10 +14,13 @@ from optmerge_core.checkpoints.names import closest_names
 from optmerge_core.checkpoints.open import open_checkpoint
 from optmerge_core.errors import extra
 from optmerge_core.evaluation import chat
+from optmerge_core.evaluation.answers import remembered
 from optmerge_core.evaluation.metrics import is_correct, metric_of
 from optmerge_core.runtime import in_order, parse_device
 from optmerge_core.task_vectors.stack import apply
 
+with extra("datasets"):
+    from datasets import Image
 with extra("models"):
     from transformers import AutoModelForImageTextToText
 
@@ -76,6 +79,10 @@ class Evaluator:
         self._data = data
         self.samples = data.remove_columns("image").to_pandas()
         self._metrics = [metric_of(sample) for sample in self.samples.to_dict("records")]
+        images = [
+            image["bytes"] for image in data.cast_column("image", Image(decode=False))["image"]
+        ]
+        self._asked = list(zip(self.samples["question"], images, strict=True))
 
     def _batches(self):
         """(rows, what `generate` takes); the next ones are prepared while one is answered."""
@@ -151,16 +158,22 @@ class Evaluator:
             mapping = weights
             weights = ((name, mapping[name]) for name in (mapping if names is None else names))
         self._replace(weights or ())
+        asked = self._asked, self.max_new_tokens, self.batch_size, self.device.type
+        predictions = remembered(self.model, asked, self._predict)
+        table = self.samples.assign(prediction=predictions)
+        rows = zip(self._metrics, predictions, table["answer"], strict=True)
+        table["correct"] = [self.is_correct(*row) for row in rows]
+        return table
+
+    def _predict(self):
+        """What the model says to every question, as it is now."""
         predictions = np.empty(len(self.samples), dtype=object)
         options = {"do_sample": False, "pad_token_id": self.tokenizer.pad_token_id}
         for rows, inputs in self._batches():
             tokens = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, **options)
             tokens = tokens[:, inputs["input_ids"].shape[1] :]
             predictions[rows] = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        table = self.samples.assign(prediction=predictions)
-        rows = zip(self._metrics, predictions, table["answer"], strict=True)
-        table["correct"] = [self.is_correct(*row) for row in rows]
-        return table
+        return predictions
 
     def answer_merged(self, base, merged_task_vector, scaling_coefficient):
         """Answers of base + scaling_coefficient * merged task vector, rounded as `merge` stores it.

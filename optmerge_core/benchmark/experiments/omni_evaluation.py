@@ -19,6 +19,7 @@ from optmerge_core.benchmark.models.omni import (
 )
 from optmerge_core.benchmark.tasks.clips import NEEDS, clip, questions
 from optmerge_core.errors import extra
+from optmerge_core.evaluation.answers import remembered
 from optmerge_core.omni import OmniForConditionalGeneration
 
 with extra("benchmark"):
@@ -136,6 +137,10 @@ class OmniEvaluator:
             full = f"model.{name}"
             if full in self.base:  # not where `online.route` has put other layers
                 parameter.copy_((weights or {}).get(full, self.base[full]))
+        return judged(self.table, remembered(self.model, self.batches, self._predict))
+
+    def _predict(self):
+        """What the model says to every question, as it is now."""
         predictions = np.empty(len(self.table), dtype=object)
         for rows, ids, embeddings, kinds in self.batches:
             self.model.token_kinds = kinds
@@ -147,4 +152,4 @@ class OmniEvaluator:
             )
             texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
             predictions[rows] = [text.strip() for text in texts]
-        return judged(self.table, predictions)
+        return predictions
