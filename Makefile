@@ -2,12 +2,14 @@
 # matplotlib would otherwise keep in the home folder. Needs Python 3.11 or newer and make.
 
 PYTHON ?= python3
+ARGS ?=
 RECIPE ?= data/recipes/internvl.yaml data/recipes/qwen2_vl.yaml data/recipes/omni.yaml
 DEVICE ?= auto
 
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+COVERAGE := --cov=optmerge_core --cov-report=term:skip-covered --cov-fail-under=90
 NAMES = $(basename $(notdir $(RECIPE))) comparison
 
 # The kernel "python3" is the one ipykernel installs into .venv, whatever the user has elsewhere.
@@ -20,14 +22,15 @@ unexport JUPYTER_PATH PYTHONPATH PYTHONHOME
 # The kernel draws into the notebook only where no other backend is asked for.
 unexport MPLBACKEND
 
-.PHONY: help setup reproduce figures test lab clean
+.PHONY: help setup reproduce figures test test-slow lab clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make setup      install everything into $(VENV) (again only when the pins change)"
 	@echo "make reproduce  run the notebooks on all studies; finished ones are skipped"
 	@echo "make figures    the same from the beginning"
-	@echo "make test       every test, and every notebook against its saved outputs"
+	@echo "make test       the tests, and notebooks against their saved outputs; a part: ARGS=\"-k ties\""
+	@echo "make test-slow  the rest: tests and notebooks that take minutes"
 	@echo "make lab        open the notebooks in JupyterLab"
 	@echo "make clean      remove runs and caches ($(VENV), data and figures stay)"
 
@@ -44,8 +47,10 @@ $(INSTALLED): requirements.txt pyproject.toml
 	@touch $@
 
 # What ships is enough: with these, nothing is looked up on the network or in the home folder.
-reproduce figures test: export HF_HUB_OFFLINE := 1
-reproduce figures test: export HF_HOME := $(CURDIR)/$(VENV)/state/huggingface
+reproduce figures test test-slow: export HF_HUB_OFFLINE := 1
+reproduce figures test test-slow: export HF_HOME := $(CURDIR)/$(VENV)/state/huggingface
+# What a model has answered before, to the same questions: see optmerge_core/evaluation/answers.py.
+reproduce figures test test-slow: export OPTMERGE_ANSWERS := $(CURDIR)/runs/answers
 
 reproduce: setup
 	$(PY) -m optmerge_core run $(RECIPE) --device $(DEVICE)
@@ -54,8 +59,21 @@ figures: setup
 	rm -rf $(NAMES:%=runs/%/notebooks)
 	$(PY) -m optmerge_core run $(RECIPE) --device $(DEVICE)
 
+# As many workers as cores, each with one thread; the cells of a notebook stay with one worker.
+test test-slow: export OMP_NUM_THREADS := 1
+PYTEST = $(PY) -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder \
+  --nbval --nbval-current-env --nbval-cell-timeout=900 --ignore=$(REPRODUCED)
+# The notebooks have written their figures again: these must be the committed ones.
+REPRODUCED := tests/test_figures_reproduce.py
+UNCHANGED = $(if $(ARGS),,$(PY) -m pytest --quiet $(REPRODUCED))
+
 test: setup
-	$(PY) -m pytest --nbval --nbval-current-env --nbval-cell-timeout=900 tests notebooks
+	$(PYTEST) -m "not slow" $(if $(ARGS),$(ARGS),$(COVERAGE)) tests notebooks
+	$(UNCHANGED)
+
+test-slow: setup
+	$(PYTEST) -m slow $(ARGS) tests notebooks
+	$(UNCHANGED)
 
 lab: setup
 	$(PY) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks

@@ -7,6 +7,23 @@ import pytest
 import torch
 
 EXPERTS = ("chart", "ocr", "vqa")
+SLOW_NOTEBOOKS = ("03_merging", "05_evaluation", "06_when_merging_works")
+"""Those that take minutes; their solutions ask as much."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before what `-m` leaves out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Notebooks first: what takes longest is not begun when one worker has no more to do."""
+    for item in items:
+        if item.path.suffix == ".ipynb" and item.path.stem in SLOW_NOTEBOOKS:
+            item.add_marker("slow")
+    items.sort(key=lambda item: item.path.suffix != ".ipynb")
+
+
+@pytest.fixture(autouse=True)
+def no_remembered_answers(monkeypatch):
+    """A test's model speaks for itself; notebooks may hear what it said before."""
+    monkeypatch.delenv("OPTMERGE_ANSWERS", raising=False)
 
 
 def save_side_files(folder: Path) -> None:
