@@ -15,6 +15,7 @@ CALLS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_a_benchmark_ends_with_its_table(name):
     recorded = FOLDER / "results.csv"

@@ -362,6 +362,7 @@ def recipe(tmp_path_factory):
     return folder / "own.yaml"
 
 
+@pytest.mark.slow
 def test_every_notebook_runs_on_any_checkpoints(recipe):
     """What takes one recipe of capabilities, as `papermill -p recipe … -p device cpu` runs it."""
     folder, figures, said = recipe.parent, recipe.parent / "figures", ""

@@ -580,6 +580,7 @@ def killing(what: str, folder: Path) -> dict[str, int]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_killed_at_twenty_random_moments(tmp_path):
     for number, name in enumerate(("base", "chart", "ocr", "vqa")):
         generator = torch.Generator().manual_seed(number)
