@@ -31,6 +31,7 @@ help:
 	@echo "make figures    the same from the beginning"
 	@echo "make test       the tests, and notebooks against their saved outputs; a part: ARGS=\"-k ties\""
 	@echo "make test-slow  the rest: tests and notebooks that take minutes"
+	@echo "make benchmarks measure times and memory again, and draw what hangs on them"
 	@echo "make lab        open the notebooks in JupyterLab"
 	@echo "make clean      remove runs and caches ($(VENV), data and figures stay)"
 
@@ -74,6 +75,16 @@ test: setup
 test-slow: setup
 	$(PYTEST) -m slow $(ARGS) tests notebooks
 	$(UNCHANGED)
+
+# Only this writes measured seconds and bytes into files that are committed.
+.PHONY: benchmarks
+benchmarks: export HF_HUB_OFFLINE := 1
+benchmarks: export HF_HOME := $(CURDIR)/$(VENV)/state/huggingface
+benchmarks: setup
+	for script in layer.py models.py scaling.py cost.py "start.py --record"; do \
+	  $(PY) tests/benchmarks/$$script || exit 1; done
+	rm -f $(NAMES:%=runs/%/notebooks/03_merging.ipynb)
+	$(PY) -m optmerge_core run $(RECIPE) --device $(DEVICE)
 
 lab: setup
 	$(PY) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
