@@ -4,6 +4,7 @@ Colours are Okabe and Ito's, safe for colour-blind readers; markers tell methods
 """
 
 from itertools import cycle
+from math import floor, isfinite, log10
 from pathlib import Path
 
 import pandas as pd
@@ -54,17 +55,24 @@ EXPERT_COLORS = [
     "#222222",
 ]
 
+DIGITS = 4
+"""Significant digits of a stored number; other machines agree to five or more."""
+
+RESOLUTION = 1e-5
+"""Of the largest number of a column: what lies below is the noise of float32, and stored as 0."""
+
+METADATA = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
+"""Nothing in a file tells when and by which version it was written."""
+
 
 def use_style():
-    """The look of every figure: white, thin grid; the same numbers give the same file."""
+    """The look of every figure: white, thin grid."""
     with extra("plots"):
         import matplotlib.pyplot as plt
         import seaborn as sns
 
     sns.set_theme(context="notebook", style="whitegrid", font_scale=0.9)
-    plt.rcParams.update(
-        {"figure.dpi": 100, "savefig.dpi": 200, "svg.hashsalt": "optmerge", "svg.fonttype": "none"}
-    )
+    plt.rcParams.update({"figure.dpi": 100, "savefig.dpi": 200, "svg.fonttype": "none"})
 
 
 def expert_palette(experts):
@@ -72,38 +80,104 @@ def expert_palette(experts):
     return dict(zip(experts, cycle(EXPERT_COLORS), strict=False))
 
 
+def as_stored(table, output_dir, name):
+    """The table as `<name>.csv` in `output_dir` keeps it: what a figure is drawn from.
+
+    Numbers have DIGITS digits, those below RESOLUTION of the largest in their column are 0, whole
+    numbers and texts stay. Rounding alone would not do: among thousands of numbers some lie on the
+    edge of two. So where the file has a number already, that one stays if the new one is no more
+    than one unit of its last digit away, or RESOLUTION of the column's largest.
+    """
+    kept, before = pd.DataFrame(table).copy(), _read(Path(output_dir, f"{name}.csv"))
+    before = before.iloc[:, -kept.shape[1] :]  # without the index
+    if before.shape != kept.shape:
+        before = pd.DataFrame(index=kept.index, columns=kept.columns)
+    for place in range(kept.shape[1]):
+        new, old = kept.iloc[:, place], before.iloc[:, place]
+        if any(map(_measured, new)):
+            largest = max(abs(_rounded(x)) for x in new if _measured(x))
+            pairs = zip(new, old, strict=True)
+            kept.isetitem(place, [_stored(x, y, RESOLUTION * largest) for x, y in pairs])
+    return kept
+
+
+def _read(path):
+    """A table written before; an empty one where there is none, or something else."""
+    try:
+        return pd.read_csv(path)
+    except (OSError, ValueError):
+        return pd.DataFrame()
+
+
+def _measured(x):
+    return isinstance(x, float) and isfinite(x)
+
+
+def _rounded(x):
+    return x if x.is_integer() else float(f"{x:.{DIGITS}g}")
+
+
+def _stored(new, old, resolution):
+    """What is kept of one cell, given what the file has there; below `resolution` nothing is."""
+    if not _measured(new):
+        return new
+    value = _rounded(new)
+    if isinstance(old, int | float) and isfinite(old):
+        old = _rounded(float(old)) if abs(old) >= resolution else 0.0
+        unit = 10.0 ** (floor(log10(abs(old))) - DIGITS + 1) if old else 0.0
+        exact = new.is_integer() and old.is_integer()  # a count, say
+        if not exact and abs(value - old) <= max(1.01 * unit, resolution):
+            return old
+    return value if abs(value) >= resolution else 0.0
+
+
 def save_figure(figure, data, output_dir, name):
     """Write `<name>.png`, `<name>.svg` and the numbers behind them as `<name>.csv`.
 
-    name: the paper's number first, such as `fig02a_magnitudes`. Returns the path of the PNG.
+    name: the paper's number first, such as `fig02a_magnitudes`. Draw from `as_stored(data, …)`:
+    then every machine of a kind writes the same files. Returns the path of the PNG.
     """
+    from matplotlib import rc_context
+
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.png", bbox_inches="tight")
-    figure.savefig(folder / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
-    pd.DataFrame(data).to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
+    with rc_context({"svg.hashsalt": "optmerge"}):
+        for suffix, metadata in METADATA.items():
+            path = folder / f"{name}.{suffix}"
+            figure.savefig(path, bbox_inches="tight", metadata=metadata)
+    as_stored(data, folder, name).to_csv(folder / f"{name}.csv", index=False, float_format="%.10g")
     return folder / f"{name}.png"
 
 
 def save_table(table, output_dir, name, decimals=2):
-    """Write `<name>.csv` and `<name>.md` (for reading); the index is the first column."""
+    """Write `<name>.csv` and `<name>.md` (for reading); the index is the first column.
+
+    Both hold the numbers `as_stored`; measured seconds and bytes belong to the run, not in here.
+    """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    table.to_csv(folder / f"{name}.csv", float_format="%.6g")
-    (folder / f"{name}.md").write_text(markdown(table, decimals))
+    table = as_stored(table, folder, name)
+    table.to_csv(folder / f"{name}.csv", float_format="%.10g")
+    (folder / f"{name}.md").write_text(markdown(table, decimals, DIGITS))
     return folder / f"{name}.csv"
 
 
-def markdown(table, decimals=2):
+def markdown(table, decimals=2, digits=None):
     """A table as GitHub markdown, numbers rounded to `decimals`, gaps as a dash.
 
+    digits: significant ones that the numbers have; no more are shown, but for small whole numbers.
     Not pandas' `to_markdown`: that needs tabulate, and leaves a bar within a cell as it is.
     """
 
     def cell(value):
         if pd.isna(value):
             return "–"
-        return f"{value:.{decimals}f}" if isinstance(value, float) else str(value)
+        if not isinstance(value, float):
+            return str(value)
+        places = decimals
+        if digits and isfinite(value) and not (value.is_integer() and abs(value) < 1000):
+            places = max(0, min(decimals, digits - 1 - floor(log10(abs(value)))))
+        return f"{value:.{places}f}"
 
     header = [table.index.name or "", *table.columns]
     rows = zip(table.index, table.itertuples(index=False), strict=True)
