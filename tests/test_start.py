@@ -116,7 +116,7 @@ def test_a_missing_recipe_is_one_quick_line(command):
         ("import optmerge_core", HEAVY | READER),
         ("import optmerge_core.methods, optmerge_core.checkpoints", HEAVY | READER),
         ("from optmerge_core import load_recipe", HEAVY),
-        ("from optmerge_core import *", EXTRAS | {"pandas", "scipy"}),
+        ("from optmerge_core import *", EXTRAS | {"pandas", "scipy", "huggingface_hub", "jinja2"}),
         (  # pandas looks for pyarrow
             "from optmerge_core.study import inspect, sweep; from optmerge_core import figures",
             EXTRAS - {"pyarrow"},

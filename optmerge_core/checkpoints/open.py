@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import huggingface_hub
 import torch
-from huggingface_hub import constants
-from huggingface_hub.utils import httpx
 from torch import Tensor
 
 from optmerge_core.checkpoints import URL
@@ -21,7 +18,6 @@ from optmerge_core.checkpoints.formats import (
     parse_hub_id,
 )
 from optmerge_core.checkpoints.names import other_names
-from optmerge_core.checkpoints.remote import hub_error, open_hub, open_url
 from optmerge_core.checkpoints.weights import Renamed, Weights, as_weights
 
 
@@ -61,6 +57,10 @@ def open_checkpoint(
         return Checkpoint(folder, adapter=adapter)
     if folder.exists():
         raise CheckpointError(f"{folder} is a file: give the checkpoint's folder")
+    from huggingface_hub import constants  # slow, and not needed for a local folder
+
+    from optmerge_core.checkpoints.remote import open_hub, open_url
+
     if URL.fullmatch(str(location)):
         if not stream or revision is not None:
             raise CheckpointError(
@@ -76,9 +76,13 @@ def open_checkpoint(
 
 def _open_cached(repo_id: str, revision: str | None, adapter: bool) -> Checkpoint:
     """Through the hub's cache: what is missing is downloaded, pickles only if alone."""
+    from huggingface_hub import snapshot_download as fetch
+    from huggingface_hub.utils import httpx
+
+    from optmerge_core.checkpoints.remote import hub_error
+
     try:
         patterns = ["*.safetensors", *SIDE_PATTERNS]
-        fetch = huggingface_hub.snapshot_download
         folder = Path(fetch(repo_id, revision=revision, allow_patterns=patterns))
         if not any(folder.glob("*.safetensors")):
             patterns += PICKLE_PATTERNS

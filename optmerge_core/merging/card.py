@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
 from optmerge_core.checkpoints import HUB_ID, URL
 from optmerge_core.checkpoints.formats import parse_hub_id
@@ -31,7 +30,7 @@ def model_card(report: MergeReport, config: dict, base_folder: str | Path | None
     folder = Path(base_folder) if base_folder is not None else None
     inputs = [report.base_model, *report.experts.values()]
     hub_ids = [parse_hub_id(x["location"])[0] for x in inputs if x["revision"] is not None]
-    data = ModelCardData(
+    data = dict(
         library_name="transformers",
         license=_licence(folder),
         tags=["merge", "optmerge"],
@@ -46,7 +45,7 @@ def adapter_card(report: MergeReport) -> str:
     """README.md of a merged PEFT adapter: the call that makes it again, inputs, how to load it."""
     base = report.base_model["location"]
     on_hub = HUB_ID.fullmatch(base) and not Path(base).exists()
-    data = ModelCardData(
+    data = dict(
         library_name="peft",
         tags=["merge", "optmerge"],
         base_model=[base] if on_hub else None,
@@ -57,14 +56,17 @@ def adapter_card(report: MergeReport) -> str:
 
 def omni_card(report: MergeReport) -> str:
     """README.md of a composed Omni model: the call that makes it again, inputs, how to load it."""
-    data = ModelCardData(library_name="transformers", tags=["merge", "optmerge", "omni"])
+    data = dict(library_name="transformers", tags=["merge", "optmerge", "omni"])
     return _card(report, "specialist", data)
 
 
-def _card(report: MergeReport, kind: str, data: ModelCardData, **values: Any) -> str:
+def _card(report: MergeReport, kind: str, data: dict[str, Any], **values: Any) -> str:
+    """data: the card's front matter, without what is None."""
+    from huggingface_hub import ModelCard, ModelCardData  # slow, and needed at a merge's end only
+
     recipe = report.recipe()
     card = ModelCard.from_template(
-        data,
+        ModelCardData(**data),
         str(TEMPLATE),
         kind=kind,
         report=report,
@@ -79,6 +81,8 @@ def _card(report: MergeReport, kind: str, data: ModelCardData, **values: Any) ->
 
 def _licence(folder: Path | None) -> str | None:
     """What the base model's own card says, if it has one that can be read."""
+    from huggingface_hub import metadata_load
+
     try:
         found = metadata_load(folder / "README.md") if folder else None
     except (OSError, ValueError, yaml.YAMLError):

@@ -13,7 +13,6 @@ from tqdm.auto import tqdm
 
 from optmerge_core.checkpoints.formats import CheckpointError
 from optmerge_core.checkpoints.parts import part_file, read_part, remove_parts, write_part
-from optmerge_core.checkpoints.remote import streaming
 from optmerge_core.checkpoints.writer import CheckpointWriter, check_output
 from optmerge_core.merging.card import model_card
 from optmerge_core.merging.checks import NothingChanges, check_unchanged
@@ -148,6 +147,8 @@ def join(plan: MergePlan) -> MergeReport:
 
 def _results(plan: MergePlan, names: list[str]) -> Iterator[Merged]:
     """The loop over some of a plan's parameters, with its progress."""
+    from optmerge_core.checkpoints.remote import streaming  # slow: the hub's client
+
     opened, parameters = plan.opened(), plan.parameters
     sources = {name: p["merged"] for name, p in parameters.items() if p["merged"]}
     merger = ParameterMerger(
