@@ -24,40 +24,26 @@ _TEXT = rf"model\.{_LAYER}"
 # name before `layers`, and no rule has one.
 _MULTIMODAL = rf"(?:model|(?:model\.)?(?:language_model|text_model)(?:\.model)?)\.{_LAYER}"
 
-FAMILIES = {
-    # files: language_model.model.layers…; in memory: model.language_model.layers…
-    "internvl": _MULTIMODAL,
-    "internvl_chat": _MULTIMODAL,  # InternVL's remote code, with Qwen2, InternLM2, Phi-3 or Llama
-    "llava": _MULTIMODAL,  # the authors' own files: model.layers…
-    "llava_llama": _MULTIMODAL,
-    "llava_qwen": _MULTIMODAL,
-    "llava_next": _MULTIMODAL,
-    "llava_onevision": _MULTIMODAL,
-    "gemma3": _MULTIMODAL,
-    "paligemma": _MULTIMODAL,
-    # files: model.layers…; in memory: model.language_model.layers…
-    "qwen2_vl": _MULTIMODAL,
-    "qwen2_5_vl": _MULTIMODAL,
-    # both: model.language_model.layers…
-    "qwen3_vl": _MULTIMODAL,
-    "qwen3_vl_moe": _MULTIMODAL,
-    # both: model.text_model.layers…
-    "idefics2": _MULTIMODAL,
-    "idefics3": _MULTIMODAL,
-    "smolvlm": _MULTIMODAL,
-    # language models: model.layers…
-    "llama": _TEXT,
-    "mistral": _TEXT,
-    "qwen2": _TEXT,
-    "qwen2_moe": _TEXT,
-    "qwen3": _TEXT,
-    "qwen3_moe": _TEXT,
-    "gemma": _TEXT,
-    "gemma2": _TEXT,
-    "gemma3_text": _TEXT,
-    "phi3": _TEXT,
-    "internlm2": _TEXT,
-}
+FAMILIES = dict.fromkeys(
+    (
+        # files: language_model.model.layers…; in memory: model.language_model.layers…
+        *("internvl", "llava", "llava_next", "llava_onevision", "gemma3", "paligemma"),
+        "internvl_chat",  # InternVL's remote code, with Qwen2, InternLM2, Phi-3 or Llama
+        *("llava_llama", "llava_qwen"),  # the authors' own files: model.layers…
+        # files: model.layers…; in memory: model.language_model.layers…
+        *("qwen2_vl", "qwen2_5_vl"),
+        *("qwen3_vl", "qwen3_vl_moe"),  # both: model.language_model.layers…
+        *("idefics2", "idefics3", "smolvlm"),  # both: model.text_model.layers…
+    ),
+    _MULTIMODAL,
+) | dict.fromkeys(
+    (
+        # language models: model.layers…
+        *("llama", "mistral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
+        *("gemma", "gemma2", "gemma3_text", "phi3", "internlm2"),
+    ),
+    _TEXT,
+)
 """config.json's `model_type` -> regular expression of the full names that merge."""
 
 _DEFAULT = rf"(?:.+\.)?{_LAYER}"
@@ -95,8 +81,8 @@ def mergeable(
         example = next(iter(names_and_shapes), "none at all")
         raise ValueError(
             f"no parameter to merge: model type {model_type!r} merges the 2-D weights named "
-            f"{FAMILIES.get(model_type, _DEFAULT)}, and this checkpoint has names like {example}; "
-            "is it another model? (scope 'all' merges whatever its names are)"
+            f"{FAMILIES.get(model_type or '', _DEFAULT)}, and this checkpoint has names like "
+            f"{example}; is it another model? (scope 'all' merges whatever its names are)"
         )
     fused = [
         n for n, shape in names_and_shapes.items() if len(shape) == 3 and FUSED_EXPERTS.search(n)
