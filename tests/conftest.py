@@ -5,6 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
+
+# Types and shapes in the signatures of methods/ hold wherever a test calls them; an int is a float.
+BEARTYPE = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+install_import_hook("optmerge_core.methods", BEARTYPE)
 
 EXPERTS = ("chart", "ocr", "vqa")
 SLOW_NOTEBOOKS = ("03", "04", "05", "06")

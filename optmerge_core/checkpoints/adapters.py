@@ -74,7 +74,7 @@ class Factors(Mapping[str, tuple[Tensor, Tensor]]):
             if re.match(rf"(?:.*\.)?(?:{pattern})$", module):
                 alpha = value
                 break
-        return alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
+        return float(alpha) / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
 
     def __getitem__(self, module: str) -> tuple[Tensor, Tensor]:
         a, b = (self.weights[key].to(torch.float32) for key in self._keys[module])

@@ -88,7 +88,8 @@ class Checkpoint(Weights):
         # One handle a tensor: the pages of a shared handle would stay in memory until it closes.
         try:
             with safe_open(self.folder / file, framework="pt") as handle:
-                return handle.get_tensor(name)
+                tensor: Tensor = handle.get_tensor(name)
+                return tensor
         except SafetensorError as error:
             raise CheckpointError(
                 f"{self.folder / file}: changed since it was opened ({error}); try again"

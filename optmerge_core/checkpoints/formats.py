@@ -111,7 +111,7 @@ def read_index(path: Path, place: str) -> dict[str, str]:
     return weight_map
 
 
-def read_json(path: Path, shown: str | None = None) -> dict:
+def read_json(path: Path, shown: str | None = None) -> dict[str, Any]:
     """A JSON object from a file, which errors call `shown` (default: its path)."""
     shown = shown or str(path)
     try:

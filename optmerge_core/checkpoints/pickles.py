@@ -55,7 +55,8 @@ class Pickle:
         if self._mapped and self._bytes_read > KEPT_BYTES:
             self._state, self._bytes_read = self._load(), 0
         # A copy: two names may have one memory here (a tied head), and no two can in safetensors.
-        tensor = self._state[name].detach().clone(memory_format=torch.contiguous_format)
+        tensor: Tensor = self._state[name].detach()
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
         self._bytes_read += tensor.nbytes
         return tensor
 

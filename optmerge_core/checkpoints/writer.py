@@ -10,7 +10,7 @@ import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ class CheckpointWriter:
 
     def __enter__(self) -> CheckpointWriter:
         try:
-            with self._explained():
+            with explained(self.output_dir):
                 self.output_dir.parent.mkdir(parents=True, exist_ok=True)
                 self._lock = _lock(self.output_dir)
                 self._clear()
@@ -100,13 +100,13 @@ class CheckpointWriter:
         """
         if self._pending:
             self._flush()
-        with self._explained():
+        with explained(self.output_dir):
             hashes = [syncing.result() for syncing in self._syncing]
         return dict(zip(file_names(len(hashes), self.single), hashes, strict=True))
 
     def copy_side_files(self, base_folder: str | Path) -> None:
         """Copy what is not weights: configs, tokenizer, processor, chat templates, remote code."""
-        with self._explained():
+        with explained(self.output_dir):
             for path in side_files(base_folder):
                 target = self.folder / path.relative_to(base_folder)
                 target.parent.mkdir(exist_ok=True)
@@ -114,13 +114,13 @@ class CheckpointWriter:
 
     def write_text(self, name: str, text: str) -> None:
         """Write one side file, replacing a copied one of that name."""
-        with self._explained():
+        with explained(self.output_dir):
             (self.folder / name).write_text(text, encoding="utf-8")
 
-    def __exit__(self, error_type, error, traceback) -> None:
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         try:
             if error_type is None:
-                with self._explained():
+                with explained(self.output_dir):
                     self._finish()
         finally:
             self._pending.clear()
@@ -130,7 +130,7 @@ class CheckpointWriter:
 
     def _flush(self) -> None:
         path = self.folder / f"{len(self._shards) + 1:05d}"
-        with self._explained():
+        with explained(self.output_dir):
             save_file(self._pending, path, metadata={"format": "pt"})
         # The disk works while the next shard is computed.
         self._syncing.append(self._disk.submit(_sync_and_hash, path))
@@ -178,9 +178,6 @@ class CheckpointWriter:
         for path in self._new_parents:
             with suppress(OSError):  # not empty: it holds the output
                 path.rmdir()
-
-    def _explained(self) -> AbstractContextManager[None]:
-        return explained(self.output_dir)
 
 
 @contextmanager

@@ -16,12 +16,16 @@ import yaml
 from optmerge_core.checkpoints import HUB_ID, URL
 from optmerge_core.checkpoints.formats import parse_hub_id
 from optmerge_core.checkpoints.names import layer_index
-from optmerge_core.merging.report import MergeReport
+from optmerge_core.merging.report import MergeReport, Record
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
+Row = tuple[str | int, int, str, str]
+"""of a card's table: layer, its number of parameters, change relative to the base, to an expert"""
 
 
-def model_card(report: MergeReport, config: dict, base_folder: str | Path | None = None) -> str:
+def model_card(
+    report: MergeReport, config: dict[str, Any], base_folder: str | Path | None = None
+) -> str:
     """README.md of a merged model: recipe, inputs, changes by layer, how to load it.
 
     `config` is the base model's config.json; what its folder holds besides decides between a
@@ -91,9 +95,9 @@ def _licence(folder: Path | None) -> str | None:
     return licence if isinstance(licence, str) else None
 
 
-def _layers(records: list[dict[str, Any]], scaling_coefficient: float) -> list[tuple]:
+def _layers(records: list[Record], scaling_coefficient: float) -> list[Row]:
     """One row a layer; norms of several parameters add up as their squares do."""
-    layers: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    layers: dict[tuple[str, int], list[Record]] = {}
     for record in records:
         number = layer_index(record["name"])
         # Towers number their layers too: what stands before the number tells them apart.
@@ -115,7 +119,7 @@ def _layers(records: list[dict[str, Any]], scaling_coefficient: float) -> list[t
     return rows
 
 
-def _classes(config: dict, folder: Path | None) -> dict[str, Any]:
+def _classes(config: dict[str, Any], folder: Path | None) -> dict[str, Any]:
     """The classes of transformers that open this folder, and whether it brings its own code.
 
     `foreign` is the folder's processor class, if transformers does not have it.

@@ -91,7 +91,8 @@ def check_folders(base: Weights, experts: Mapping[str, Weights], output_dir: Pat
 
     Also raised, as `CheckpointError`: what `side_files` finds wrong with the base's.
     """
-    side_files(base.folder)
+    if base.folder is not None:
+        side_files(base.folder)
     check_apart({"the base model": base.folder} | expert_folders(experts), output_dir)
 
 

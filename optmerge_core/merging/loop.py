@@ -23,14 +23,13 @@ from optmerge_core.merging.checks import (
     check_request,
     not_finite,
 )
-from optmerge_core.merging.report import record, record_of
-from optmerge_core.methods.blocks import Blocks
+from optmerge_core.merging.report import Record, record_of
 from optmerge_core.methods.dare import dare
 from optmerge_core.methods.registry import METHODS, merge_blocks, merges_in_blocks
 from optmerge_core.runtime import in_order, parse_device
 from optmerge_core.task_vectors.stack import Part, TaskVectors, apply, derive_seed, pinned
 
-Merged = tuple[str, Tensor, dict[str, Any] | None]
+Merged = tuple[str, Tensor, Record | None]
 """A parameter of the output: name, value as stored, the report's record if it was merged."""
 
 
@@ -60,9 +59,10 @@ class ParameterMerger:
         self.base, self.experts, self.sources, self.dtypes = base, experts, sources, dtypes
         self.scaling_coefficient, self.device, self.averaged = scaling_coefficient, device, averaged
         self.task_vectors = TaskVectors(base, experts, dict.fromkeys(sources.values()), device)
-        trim = "tensor" if thresholds is None else "model"
+        self.method, self.options, self.seed, trim = method, dict(options), seed, "tensor"
+        if thresholds is not None:
+            self.options["thresholds"], trim = thresholds.to(device), "model"
         self.in_blocks = device.type == "cpu" and merges_in_blocks(method, options, trim)
-        self.merge = parameter_merger(self.task_vectors, method, options, seed, trim, thresholds)
 
     def results(self, names: Iterable[str]) -> Iterator[Merged]:
         """Each parameter's result, in their order. Raises `NotFinite` for NaN and Inf in an input.
@@ -84,11 +84,13 @@ class ParameterMerger:
 
     def _load(self, name: str) -> tuple[str, Tensor, list[Part] | None]:
         tensor, source = pinned(self.base[name], self.device), self.sources.get(name)
-        whole = source is not None and (not self.in_blocks or name in self.averaged)
-        return name, tensor, self.task_vectors.read(source, tensor) if whole else None
+        if source is None or (self.in_blocks and name not in self.averaged):
+            return name, tensor, None
+        return name, tensor, self.task_vectors.read(source, tensor)
 
     def _result(self, name: str, tensor: Tensor, parts: list[Part] | None) -> Merged:
-        made, source, dtype = None, self.sources.get(name), self.dtypes[name]
+        made: Record | None = None
+        source, dtype = self.sources.get(name), self.dtypes[name]
         check_finite_tensor(name, "the base", tensor)
         if source is not None and self.in_blocks and name not in self.averaged:
             tensor, made = self._in_blocks(name, tensor, source)
@@ -99,18 +101,19 @@ class ParameterMerger:
             if name in self.averaged:
                 tensor = apply(tensor, stack.mean(dim=0), 1.0, dtype)
             else:
-                _, merged = self.merge(source, stack)
+                random = _random(self.task_vectors, self.method, self.seed, source)
+                merged = METHODS[self.method](stack, **self.options, **random)
                 made = record_of(name, tensor, stack, merged, self.experts)
                 tensor = apply(tensor, merged, self.scaling_coefficient, dtype)
         return name, check_in_range(name, tensor.to("cpu", dtype)), made
 
-    def _in_blocks(self, name: str, tensor: Tensor, source: str) -> tuple[Tensor, dict[str, Any]]:
+    def _in_blocks(self, name: str, tensor: Tensor, source: str) -> tuple[Tensor, Record]:
         """The same values, with no more of the task vectors in memory than a block."""
         dtype = self.dtypes[name]
-        _, results = self.merge(source, self.task_vectors.blocks(source, tensor))
+        blocks = self.task_vectors.blocks(source, tensor)
         weights, changed = tensor.flatten(), torch.empty(tensor.numel(), dtype=dtype)
         squares = torch.zeros(2 + len(self.experts), dtype=torch.float64)
-        for entries, block, merged in results:
+        for entries, block, merged in merge_blocks(self.method, blocks, **self.options):
             own = weights[entries]
             changed[entries] = apply(own, merged, self.scaling_coefficient, dtype)
             squares[1] += torch.linalg.vector_norm(merged).double().square()
@@ -120,8 +123,10 @@ class ParameterMerger:
         if not_finite(squares):
             self._check_experts(source)
         base_norm, merged_norm, *norms = squares.sqrt().tolist()
-        expert_norms = dict(zip(self.experts, norms, strict=True))
-        made = record(name, tensor.shape, base_norm, merged_norm, expert_norms)
+        made = Record(
+            name=name, shape=list(tensor.shape), base_norm=base_norm, merged_norm=merged_norm,
+            expert_norms=dict(zip(self.experts, norms, strict=True)),
+        )  # fmt: skip
         return changed.view(tensor.shape), made
 
     def _check_experts(self, source: str) -> None:
@@ -152,42 +157,19 @@ def merge_tensors(
     base[name], merged[name], scaling_coefficient)` for these names, the base's values elsewhere.
     Raises `ValueError` as `merge` does for methods, options and shapes.
     """
-    options = dict(method_options or {})
+    options, chosen = dict(method_options or {}), parse_device(device)
     check_request(experts, method, options, 1.0, trim, seed)
-    device = parse_device(device)
-    task_vectors = TaskVectors(base, experts, names, device)
-    merge_parameter = parameter_merger(task_vectors, method, options, seed, trim)
-    results = in_order(lambda name: merge_parameter(name)[1].cpu(), task_vectors, device)
-    progress = tqdm(task_vectors, desc=f"merging ({method})", unit="parameter", leave=False)
-    return dict(zip(progress, results, strict=True))
-
-
-def parameter_merger(
-    task_vectors: TaskVectors,
-    method: str,
-    options: Mapping[str, Any],
-    seed: int,
-    trim: str,
-    thresholds: Tensor | None = None,
-) -> Callable[..., tuple[Any, Any]]:
-    """The loop body: name -> (stack (experts, *shape), merged task vector (*shape)).
-
-    Its second argument is the stack, where the caller has it already, or the same as `Blocks`: then
-    the second result is what `merge_blocks` gives. `thresholds`, of trim="model", are computed here
-    unless given.
-    """
+    task_vectors = TaskVectors(base, experts, names, chosen)
     if trim == "model":
-        if thresholds is None:
-            thresholds = trim_thresholds_over_model(task_vectors, method, options, seed)
-        options = {**options, "thresholds": thresholds.to(task_vectors.device)}
+        limits = trim_thresholds_over_model(task_vectors, method, options, seed)
+        options["thresholds"] = limits.to(chosen)
 
-    def merge_parameter(name: str, stack: Tensor | Blocks | None = None) -> tuple[Any, Any]:
-        stack = task_vectors[name] if stack is None else stack
-        if isinstance(stack, Blocks):
-            return stack, merge_blocks(method, stack, **options)
-        return stack, METHODS[method](stack, **options, **_random(task_vectors, method, seed, name))
+    def merged(name: str) -> Tensor:
+        random = _random(task_vectors, method, seed, name)
+        return METHODS[method](task_vectors[name], **options, **random).cpu()
 
-    return merge_parameter
+    progress = tqdm(task_vectors, desc=f"merging ({method})", unit="parameter", leave=False)
+    return dict(zip(progress, in_order(merged, task_vectors, chosen), strict=True))
 
 
 def _random(task_vectors: TaskVectors, method: str, seed: int, name: str) -> dict[str, Any]:
@@ -217,7 +199,10 @@ def trim_thresholds_over_model(
 
 
 def model_thresholds(
-    stack_of: Callable[[str], Tensor], names: Iterable[str], density: float, device: str = "cpu"
+    stack_of: Callable[[str], Tensor],
+    names: Iterable[str],
+    density: float,
+    device: str | torch.device = "cpu",
 ) -> Tensor:
     """The k-th smallest magnitude of each expert over a whole model, k = int((1 - density) size).
 
@@ -236,7 +221,7 @@ def model_thresholds(
             return torch.stack(halves).cpu()
 
         progress = tqdm(list(names), desc="trimming", unit="parameter", leave=False)
-        return sum(in_order(count, progress, device))
+        return sum(in_order(count, progress, device), start=torch.zeros(1, dtype=torch.int64))
 
     upper = histograms(lambda bits, expert: bits >> 16)
     k = int((1 - density) * int(upper[0].sum()))

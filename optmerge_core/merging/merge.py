@@ -18,9 +18,10 @@ from optmerge_core.merging.card import model_card
 from optmerge_core.merging.checks import NothingChanges, check_unchanged
 from optmerge_core.merging.loop import Merged, ParameterMerger
 from optmerge_core.merging.plan import MergePlan, plan_merge
-from optmerge_core.merging.report import MergeReport, describe, with_dtype
+from optmerge_core.merging.report import MergeReport, Record, describe, with_dtype
 from optmerge_core.runtime import Meter, in_order, parse_device
 
+Cost = Callable[[], dict[str, Any]]
 SETTINGS = (
     *("method", "method_options", "scaling_coefficient", "trim", "seed"),
     *("dtype", "model_type", "family", "scope"),
@@ -64,7 +65,7 @@ def merge(
         device=device, dtype=dtype, trim=trim, seed=seed, overwrite=overwrite, family=family,
         scope=scope, max_shard_size=max_shard_size, stream=stream,
     )  # fmt: skip
-    records: list[dict[str, Any]] = []
+    records: list[Record] = []
     with plan.writer() as writer:
         for name, tensor, made in _results(plan, list(plan.parameters)):
             writer.add(name, tensor)
@@ -116,7 +117,8 @@ def join(plan: MergePlan) -> MergeReport:
             f"{plan.output_dir}: {len(missing)} of {len(plan.parts)} parts are not merged yet "
             f"({some}); call merge_part(plan, number) for each, then join again"
         )
-    meter, records, costs = Meter(parse_device(plan.device)), [], []
+    meter, costs = Meter(parse_device(plan.device)), list[dict[str, Any]]()
+    records: list[Record] = []
 
     def cost() -> dict[str, Any]:
         own = meter.read()
@@ -175,11 +177,12 @@ def _results(plan: MergePlan, names: list[str]) -> Iterator[Merged]:
 
 
 def _finish(
-    plan: MergePlan, writer: CheckpointWriter, records: list[dict[str, Any]], cost: Callable
+    plan: MergePlan, writer: CheckpointWriter, records: list[Record], cost: Cost
 ) -> MergeReport:
     """Side files, report and card, once all weights are with the writer."""
     opened = plan.opened()
     base = opened.base
+    assert base.folder is not None, "only an expert may be in memory"
     norms = {x: [record["expert_norms"][x] for record in records] for x in opened.experts}
     unchanged = [x for x in opened.experts if not any(norms[x])]
     check_unchanged(unchanged, len(norms), len(opened.names))

@@ -31,7 +31,7 @@ from optmerge_core.merging.checks import (
     expert_folders,
     with_preset,
 )
-from optmerge_core.merging.report import MergeReport, describe, record
+from optmerge_core.merging.report import MergeReport, Record, describe
 from optmerge_core.methods.optmerge import PRESETS
 from optmerge_core.methods.registry import METHODS
 from optmerge_core.runtime import Meter, in_order
@@ -71,19 +71,19 @@ def merge_adapters(
     }
     rank, records = max(ranks.values()), []
 
-    def result(module: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    def result(module: str) -> tuple[Tensor, Tensor, Record]:
         """Factors of one rank for all modules, as PEFT wants them: smaller ones padded by 0."""
-        pairs = {name: factors.get(module) for name, factors in opened.items()}
-        for name, pair in pairs.items():
-            for factor in pair or ():
-                check_finite_tensor(module, f"expert {name}", factor)
-        given = list(pairs.values())
-        b, a = merge_factors(given, method, options, scaling_coefficient, shapes[module])
-        norms = {name: product_norm(*pair) if pair else 0.0 for name, pair in pairs.items()}
-        norm = product_norm(b, a) / abs(scaling_coefficient or 1.0)
+        own = {name: factors.get(module) for name, factors in opened.items()}
+        for name, factor in [(name, x) for name, pair in own.items() for x in pair or ()]:
+            check_finite_tensor(module, f"expert {name}", factor)
+        b, a = merge_factors([*own.values()], method, options, scaling_coefficient, shapes[module])
+        made = Record(
+            name=module, shape=list(shapes[module]), base_norm=None,
+            merged_norm=product_norm(b, a) / abs(scaling_coefficient or 1.0),
+            expert_norms={n: product_norm(*pair) if pair else 0.0 for n, pair in own.items()},
+        )  # fmt: skip
         missing = rank - ranks[module]
-        b, a = pad(b, (0, missing)).contiguous(), pad(a, (0, 0, 0, missing)).contiguous()
-        return b, a, record(module, shapes[module], None, norm, norms)
+        return pad(b, (0, missing)).contiguous(), pad(a, (0, 0, 0, missing)).contiguous(), made
 
     progress = tqdm(shapes, desc=f"merging adapters ({method})", unit="module")
     with CheckpointWriter(output_dir, 2**63, overwrite=overwrite, single=ADAPTER_NAME) as writer:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -40,6 +40,17 @@ FORMAT = 1
 MAX_PART_COST = 2e10
 """Of a part, in min²·max summed over its matrices, to which singular value decompositions are
 proportional; a larger matrix is a part by itself. A 7B model's largest layers have 2.4e11."""
+
+
+class Planned(TypedDict):
+    """What becomes of a parameter."""
+
+    shape: list[int]
+    dtype: str
+    """as it is stored"""
+    merged: str | None
+    """the parameter whose task vectors are merged for it, its own but for a tied head; None if the
+    base's values are kept"""
 
 
 @dataclass(frozen=True)
@@ -78,9 +89,7 @@ class MergePlan:
     revision; source; files: name -> [bytes, time of the last change, None where a revision or a
     server pins it]"""
     experts: dict[str, dict[str, Any]]
-    parameters: dict[str, dict[str, Any]]
-    """name -> shape, dtype as stored, and merged: the name of the parameter whose task vectors are
-    merged for it, its own but for a tied head; None if the base's values are kept"""
+    parameters: dict[str, Planned]
     shards: dict[str, list[str]]
     """file of the output -> its parameters"""
     parts: list[Part]
@@ -106,8 +115,9 @@ class MergePlan:
         """The inputs, opened once a process. `CheckpointError` if they are no longer the plan's."""
         if not self._opened:
             experts = {name: _place(item) for name, item in self.experts.items()}
-            chosen = {"family": self.family, "scope": self.scope, "stream": self.stream}
-            self._opened.append(open_models(_place(self.base_model), experts, **chosen))
+            base, family = _place(self.base_model), self.family
+            opened = open_models(base, experts, family=family, scope=self.scope, stream=self.stream)
+            self._opened.append(opened)
         opened = self._opened[0]
         inputs = zip(self.experts.values(), opened.experts.values(), strict=True)
         for item, weights in ((self.base_model, opened.base), *inputs):
@@ -148,8 +158,8 @@ class MergePlan:
     def writer(self) -> CheckpointWriter:
         """Of the output; its shards will be those of the plan."""
         expected = sum(part.bytes for part in self.parts)
-        options = {"overwrite": self.overwrite, "expected_bytes": expected}
-        return CheckpointWriter(self.output_dir, self.max_shard_size, **options)
+        most, overwrite = self.max_shard_size, self.overwrite
+        return CheckpointWriter(self.output_dir, most, overwrite=overwrite, expected_bytes=expected)
 
     def _content(self) -> dict[str, Any]:
         content = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "_opened"}
@@ -205,8 +215,8 @@ def plan_merge(
     return MergePlan(
         output_dir=str(Path(output_dir).resolve()), method=method, method_options=options,
         scaling_coefficient=scaling_coefficient, trim=trim, thresholds=thresholds, seed=seed,
-        device=str(device), dtype=stored and dtype_name(stored), family=family, scope=scope,
-        model_type=opened.model_type, stream=stream, overwrite=overwrite,
+        device=str(device), dtype=dtype_name(stored) if stored else None, family=family,
+        scope=scope, model_type=opened.model_type, stream=stream, overwrite=overwrite,
         base_model=_described(base_model, opened.base),
         experts={n: _described(experts[n], weights) for n, weights in opened.experts.items()},
         _opened=[opened], **layout,
@@ -236,15 +246,15 @@ def _layout(
     opened: Opened, dtype: torch.dtype | None, max_shard_size: int | str, max_part_size: int | str
 ) -> dict[str, Any]:
     """The fields of a plan that say what becomes of each parameter, and where it goes."""
-    merging, parameters = frozenset(opened.names), {}
-    for name in opened.base:
-        own, source = opened.base.dtype(name), opened.tied.get(name, name)
-        parameters[name] = {
-            "shape": list(opened.base.shape(name)),
-            "dtype": dtype_name(dtype if dtype and own.is_floating_point else own),
-            "merged": source if source in merging else None,
-        }
-    sizes = {name: _bytes(**parameter) for name, parameter in parameters.items()}
+    merging, base = frozenset(opened.names), opened.base
+    parameters, sizes = dict[str, Planned](), dict[str, int]()
+    for name in base:
+        shape, own, source = base.shape(name), base.dtype(name), opened.tied.get(name, name)
+        stored, merged = dtype if dtype and own.is_floating_point else own, source in merging
+        parameters[name] = Planned(
+            shape=list(shape), dtype=dtype_name(stored), merged=source if merged else None
+        )
+        sizes[name] = math.prod(shape) * stored.itemsize
     most = parse_size("max_shard_size", max_shard_size)
     shards = shard_layout(sizes, most)
     return {
@@ -269,13 +279,7 @@ def _thresholds(
     return trim_thresholds_over_model(task_vectors, method, options, seed).tolist()
 
 
-def _bytes(shape: list[int], dtype: str, merged: str | None) -> int:
-    return math.prod(shape) * getattr(torch, dtype).itemsize
-
-
-def _parts(
-    parameters: Mapping[str, dict[str, Any]], sizes: Mapping[str, int], most: int
-) -> list[Part]:
+def _parts(parameters: Mapping[str, Planned], sizes: Mapping[str, int], most: int) -> list[Part]:
     parts: list[Part] = []
     for name, parameter in parameters.items():
         cost = 0.0
@@ -292,9 +296,10 @@ def _parts(
 
 def _described(location: Any, weights: Weights) -> dict[str, Any]:
     given = isinstance(location, str | Path)
+    folder = weights.folder if given and weights.source == "folder" else None
     return {
         "location": str(location) if given else type(location).__name__,
-        "folder": str(weights.folder.resolve()) if given and weights.source == "folder" else None,
+        "folder": str(folder.resolve()) if folder else None,
         "revision": weights.revision,
         "source": weights.source,
         "files": _files(weights),
@@ -303,11 +308,10 @@ def _described(location: Any, weights: Weights) -> dict[str, Any]:
 
 def _files(weights: Weights) -> dict[str, list[int | None]]:
     """File -> [bytes, seconds of its last change]; the latter only of what nothing else pins."""
+    folder = weights.folder if weights.source == "folder" else None
     try:
         return {
-            name: [size, int((weights.folder / name).stat().st_mtime)]
-            if weights.source == "folder"
-            else [size, None]
+            name: [size, int((folder / name).stat().st_mtime) if folder else None]
             for name, size in weights.file_sizes().items()
         }
     except OSError as error:

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from optmerge_core.checkpoints.formats import parse_hub_id
 from optmerge_core.checkpoints.weights import Weights
+
+
+class Record(TypedDict):
+    """What `merge_report.json` says of one merged parameter: Frobenius norms of weights."""
+
+    name: str
+    shape: list[int]
+    base_norm: float | None
+    """None where no base model was read"""
+    merged_norm: float
+    expert_norms: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -29,9 +40,8 @@ class MergeReport:
     """location, revision (hub commit or None), source, sha256 of each weight file"""
     experts: dict[str, dict[str, Any]]
     """the same for each expert"""
-    parameters: list[dict[str, Any]]
-    """for each merged parameter: name, shape, merged_norm (Frobenius), expert_norms, and base_norm,
-    None where no base model was read"""
+    parameters: list[Record]
+    """those that merged"""
     device: str
     seconds: float
     """from the call to the report, with all checks and hashes"""
@@ -82,50 +92,37 @@ class MergeReport:
         defaults = {"dtype": None, "family": None, "scope": "linear"}
         given = {key: getattr(self, key) for key in defaults}
         recipe |= {key: value for key, value in given.items() if value != defaults[key]}
-        return json.loads(json.dumps(recipe, default=str))
+        return dict(json.loads(json.dumps(recipe, default=str)))
 
 
 def _pinned(item: dict[str, Any]) -> str:
     if item["revision"] is None:
-        return item["location"]
+        return str(item["location"])
     return f"{parse_hub_id(item['location'])[0]}@{item['revision']}"
-
-
-def record(
-    name: str,
-    shape: Iterable[int],
-    base_norm: float | None,
-    merged_norm: float,
-    expert_norms: Mapping[str, float],
-) -> dict[str, Any]:
-    """What `merge_report.json` says of one merged parameter."""
-    return {
-        "name": name,
-        "shape": list(shape),
-        "base_norm": base_norm,
-        "merged_norm": merged_norm,
-        "expert_norms": dict(expert_norms),
-    }
 
 
 def record_of(
     name: str, base: Tensor, stack: Tensor, merged: Tensor, expert_names: Iterable[str]
-) -> dict[str, Any]:
-    """The same, measured; stack: (experts, *shape)."""
+) -> Record:
+    """The record, measured; stack: (experts, *shape)."""
     norms = dict(zip(expert_names, map(_norm, stack), strict=True))
-    return record(name, merged.shape, _norm_in_blocks(base), _norm(merged), norms)
+    return Record(
+        name=name, shape=list(merged.shape), base_norm=_norm_in_blocks(base),
+        merged_norm=_norm(merged), expert_norms=norms,
+    )  # fmt: skip
 
 
 def _norm(tensor: Tensor) -> float:
     """Of rows in float32, of their norms in float64: as good, and ten times as fast."""
     rows = torch.linalg.vector_norm(tensor, dim=-1)
-    return torch.linalg.vector_norm(rows, dtype=torch.float64).item()
+    return float(torch.linalg.vector_norm(rows, dtype=torch.float64))
 
 
 def _norm_in_blocks(tensor: Tensor) -> float:
     """The same of half precision, with no copy in float32 but of some rows that the cache holds."""
-    rows = [torch.linalg.vector_norm(x.float(), dim=-1).reshape(-1) for x in tensor.split(256)]
-    return torch.linalg.vector_norm(torch.cat(rows), dtype=torch.float64).item()
+    blocks = torch.split(tensor, 256)
+    rows = [torch.linalg.vector_norm(x.float(), dim=-1).reshape(-1) for x in blocks]
+    return float(torch.linalg.vector_norm(torch.cat(rows), dtype=torch.float64))
 
 
 def describe(location: str | Path, weights: Weights) -> dict[str, Any]:
@@ -136,5 +133,4 @@ def describe(location: str | Path, weights: Weights) -> dict[str, Any]:
 def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     """config.json of a model stored in another dtype: its dtype entries at any depth replaced."""
     changed = {key: with_dtype(x, dtype) for key, x in config.items() if isinstance(x, dict)}
-    changed |= dict.fromkeys(config.keys() & {"dtype", "torch_dtype"}, dtype)
-    return config | changed
+    return config | changed | {key: dtype for key in ("dtype", "torch_dtype") if key in config}

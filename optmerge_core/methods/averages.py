@@ -1,13 +1,14 @@
 """Weight averaging (arXiv 2203.05482) and task arithmetic (arXiv 2212.04089)."""
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from optmerge_core.methods.contract import Weights, merge_method, per_expert
+from optmerge_core.methods.contract import Stack, Weights, merge_method, per_expert
 
 
 @merge_method()
-def weight_average(task_vectors: Tensor, *, weights: Weights = None) -> Tensor:
+def weight_average(task_vectors: Stack, *, weights: Weights = None) -> Float[Tensor, "*shape"]:
     """The mean of the experts: (experts, *shape) -> (*shape), weighted where `weights` are given.
 
     Wortsman et al., "Model soups" (2022). Raises `ValueError` if the weights add up to 0.
@@ -20,7 +21,7 @@ def weight_average(task_vectors: Tensor, *, weights: Weights = None) -> Tensor:
 
 
 @merge_method()
-def task_arithmetic(task_vectors: Tensor, *, weights: Weights = None) -> Tensor:
+def task_arithmetic(task_vectors: Stack, *, weights: Weights = None) -> Float[Tensor, "*shape"]:
     """The sum of the task vectors, each times its weight if given: (experts, *shape) -> (*shape).
 
     Ilharco et al., "Editing models with task arithmetic" (2023).
@@ -28,8 +29,9 @@ def task_arithmetic(task_vectors: Tensor, *, weights: Weights = None) -> Tensor:
     return _weighted_sum(task_vectors, weights)
 
 
-def _weighted_sum(task_vectors: Tensor, weights: Weights) -> Tensor:
+def _weighted_sum(task_vectors: Stack, weights: Weights) -> Float[Tensor, "*shape"]:
     if weights is None:
         return task_vectors.sum(dim=0)
     factors = task_vectors.new_tensor(per_expert("weights", weights, len(task_vectors)))
-    return torch.tensordot(factors, task_vectors, dims=1)
+    merged: Tensor = torch.tensordot(factors, task_vectors, dims=1)
+    return merged

@@ -9,13 +9,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
+
+from optmerge_core.methods.contract import Stack
 
 BLOCK = 1 << 17
 """Entries of each expert in a block."""
 
 SAMPLE = 1 << 16
 """Entries of each expert that a threshold is guessed from, before it is found."""
+
+
+MergedBlock = tuple[slice | Tensor, Tensor | None, Tensor]
+"""Which entries of a parameter, their block (experts, entries) or None, what they merge to."""
 
 
 class Blocks(Iterable[Tensor]):
@@ -28,7 +35,7 @@ class Blocks(Iterable[Tensor]):
         self.read, self.entries, self.size = read, entries, size
 
     @classmethod
-    def of(cls, task_vectors: Tensor, size: int = BLOCK) -> "Blocks":
+    def of(cls, task_vectors: Stack, size: int = BLOCK) -> "Blocks":
         """Of a stack (experts, *shape) that is there."""
         flat = task_vectors.flatten(1)
         return cls(lambda entries: flat[:, entries], flat.shape[1], size)
@@ -42,7 +49,7 @@ class Blocks(Iterable[Tensor]):
         return (self.read(place) for place in self.places())
 
 
-def kth_smallest(blocks: Blocks, k: Sequence[int]) -> Tensor:
+def kth_smallest(blocks: Blocks, k: Sequence[int]) -> Float[Tensor, " experts"]:
     """The k-th smallest magnitude of each expert, exactly; k (experts,), 1 for the smallest.
 
     A sample brackets it with a margin of five standard deviations; one pass counts what is below
@@ -86,7 +93,5 @@ def _bracket(sample: np.ndarray, share: float) -> tuple[float, float]:
     margin = 5 * math.sqrt(drawn * share * (1 - share)) + 2
     low, high = int(drawn * share - margin), int(drawn * share + margin)
     sample = np.partition(sample, [place for place in (0, low, high) if 0 <= place < drawn])
-    return (
-        sample[low] if low >= 0 else -1.0,
-        sample[high] if high < drawn else math.inf,
-    )
+    least = float(sample[low]) if low >= 0 else -1.0
+    return least, float(sample[high]) if high < drawn else math.inf

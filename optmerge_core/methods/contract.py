@@ -10,15 +10,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from optmerge_core.methods import check_options_exist
 
+Method = Callable[..., Tensor]
+Stack = Float[Tensor, "experts *shape"]
+"""The task vectors of one parameter, which for a matrix are matrices."""
+Matrices = Float[Tensor, "experts m n"]
+Matrix = Float[Tensor, "m n"]
+Share = float | Sequence[float]
+"""Of the entries, the same for all experts or one for each."""
 Weights = Sequence[float] | None
 """One number for each expert, by which its task vector counts; None: all the same."""
 
 
-def merge_method(*, matrices_only: bool = False) -> Callable[[Callable], Callable]:
+def merge_method(*, matrices_only: bool = False) -> Callable[[Method], Method]:
     """Turn an equation into a merge method: check its input, then call it without gradients.
 
     The method takes task vectors (experts, *shape), float32 or float64, and returns (*shape).
@@ -26,7 +34,7 @@ def merge_method(*, matrices_only: bool = False) -> Callable[[Callable], Callabl
     An option the method does not have is a ValueError naming those it has.
     """
 
-    def decorate(method: Callable) -> Callable:
+    def decorate(method: Method) -> Method:
         @functools.wraps(method)
         @torch.no_grad()
         def checked(task_vectors: Tensor, **options: Any) -> Tensor:
@@ -41,7 +49,7 @@ def merge_method(*, matrices_only: bool = False) -> Callable[[Callable], Callabl
     return decorate
 
 
-def check_option_names(method: Callable, options: Mapping[str, Any]) -> None:
+def check_option_names(method: Method, options: Mapping[str, Any]) -> None:
     """Raise a ValueError if `options` has a name that is no keyword of the method."""
     parameters = inspect.signature(method).parameters.values()
     valid = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]

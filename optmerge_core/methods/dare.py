@@ -3,10 +3,18 @@
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from optmerge_core.methods.averages import _weighted_sum
-from optmerge_core.methods.contract import Weights, check_share, merge_method, per_expert
+from optmerge_core.methods.contract import (
+    Share,
+    Stack,
+    Weights,
+    check_share,
+    merge_method,
+    per_expert,
+)
 from optmerge_core.methods.ties import ties
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -14,12 +22,12 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 @merge_method()
 def dare_task_arithmetic(
-    task_vectors: Tensor,
+    task_vectors: Stack,
     *,
-    drop_rate: float | Sequence[float] = 0.2,
+    drop_rate: Share = 0.2,
     weights: Weights = None,
     generator: Generators = None,
-) -> Tensor:
+) -> Float[Tensor, "*shape"]:
     """Task arithmetic on what `dare` leaves: (experts, *shape) -> (*shape)."""
     if task_vectors.is_cuda and weights is None and not isinstance(drop_rate, Sequence):
         from optmerge_core.methods import kernels
@@ -31,25 +39,23 @@ def dare_task_arithmetic(
 
 @merge_method()
 def dare_ties(
-    task_vectors: Tensor,
+    task_vectors: Stack,
     *,
-    drop_rate: float | Sequence[float] = 0.2,
-    density: float | Sequence[float] = 0.2,
+    drop_rate: Share = 0.2,
+    density: Share = 0.2,
     thresholds: Tensor | None = None,
     weights: Weights = None,
     normalize: bool = True,
     rule: str = "released",
     generator: Generators = None,
-) -> Tensor:
+) -> Float[Tensor, "*shape"]:
     """`ties` on what `dare` leaves (`thresholds` too): (experts, *shape) -> (*shape)."""
     dropped = dare(task_vectors, drop_rate, generator)
     options = {"weights": weights, "normalize": normalize, "rule": rule}
     return ties(dropped, density=density, thresholds=thresholds, **options)
 
 
-def dare(
-    task_vectors: Tensor, drop_rate: float | Sequence[float], generator: Generators = None
-) -> Tensor:
+def dare(task_vectors: Stack, drop_rate: Share, generator: Generators = None) -> Stack:
     """Drop each entry with probability p = drop_rate, rescale the rest by 1 / (1 − p).
 
     Yu et al., "Language models are super Mario" (2024). (experts, *shape) -> the same shape.
@@ -65,8 +71,8 @@ def dare(
 
 
 def _draw_kept(
-    task_vectors: Tensor, drop_rate: float | Sequence[float], generator: Generators
-) -> Tensor:
+    task_vectors: Stack, drop_rate: Share, generator: Generators
+) -> Bool[Tensor, " experts *shape"]:
     """Where `dare` keeps an entry: bool, (experts, *shape), drawn where the generator lives."""
     rates = per_expert("drop_rate", drop_rate, len(task_vectors))
     for rate in rates:

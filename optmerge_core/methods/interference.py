@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from optmerge_core.methods.contract import check_choice, check_share
+from optmerge_core.methods.contract import Matrices, Matrix, check_choice, check_share
 from optmerge_core.methods.svd import truncated_svd
 
-OnStep = Callable[[int, float, float], None]
+OnStep = Callable[[int, float, float], None] | None
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,12 @@ class Descent:
 
 
 def minimise_interference(
-    task_vectors: Tensor,
-    targets: Tensor,
-    subspaces: Tensor,
+    task_vectors: Matrices,
+    targets: Matrices,
+    subspaces: Float[Tensor, "experts _ n"],
     descent: Descent,
-    on_step: OnStep | None = None,
-) -> Tensor:
+    on_step: OnStep = None,
+) -> Matrix:
     """Descend from the start τ0, in the displacement δ = τ − τ0: -> (m, n).
 
     task_vectors and targets (experts, m, n), subspaces (experts, any, n). Replacing Ti by Ti − τ0
@@ -82,33 +83,35 @@ def minimise_interference(
 class Interference:
     """The quadratic form ⟨τ C, τ⟩ − 2 ⟨τ, D⟩ + constant; see the top of this file."""
 
-    L: Tensor  # (rows, n): the √wi Li stacked, so that C = LᵀL
-    D: Tensor  # (m, n)
+    L: Float[Tensor, "rows n"]  # the √wi Li stacked, so that C = LᵀL
+    D: Matrix
     constant: float
 
     @cached_property
-    def C(self) -> Tensor:
+    def C(self) -> Float[Tensor, "n n"]:
         return self.L.mT @ self.L
 
-    @property
+    @cached_property
     def factored(self) -> bool:
         """Whether two products with L are cheaper than one with C."""
         rows, columns = self.L.shape
         return 2 * rows < columns
 
-    def times_C(self, tau: Tensor) -> Tensor:
+    def times_C(self, tau: Matrix) -> Matrix:
         return tau @ self.L.mT @ self.L if self.factored else tau @ self.C
 
-    def loss(self, tau: Tensor) -> float:
+    def loss(self, tau: Matrix) -> float:
         return torch.sum(tau * (self.times_C(tau) - 2 * self.D)).item() + self.constant
 
-    def gradient(self, tau: Tensor, out: Tensor | None = None) -> Tensor:
-        """2 (τ C − D), in one pass over the result (m, n)."""
+    def gradient(self, tau: Matrix, out: Tensor | None = None) -> Matrix:
+        """2 (τ C − D), in one pass over the result."""
         left, right = (tau @ self.L.mT, self.L) if self.factored else (tau, self.C)
         return torch.addmm(self.D, left, right, alpha=2, beta=-2, out=out)
 
 
-def interference(task_vectors: Tensor, targets: Tensor, subspaces: Tensor) -> Interference:
+def interference(
+    task_vectors: Matrices, targets: Matrices, subspaces: Float[Tensor, "experts _ n"]
+) -> Interference:
     """Σi ‖(τ − Ti) Liᵀ‖²F / ‖τi‖²F as a quadratic form in τ.
 
     task_vectors and targets (experts, m, n), subspaces (experts, any, n). An expert that is zero
@@ -118,16 +121,12 @@ def interference(task_vectors: Tensor, targets: Tensor, subspaces: Tensor) -> In
     L = torch.where(norms > 0, subspaces / norms, 0)
     TLL = [torch.linalg.multi_dot([Ti, Li.mT, Li]) for Ti, Li in zip(targets, L, strict=True)]
     constant = sum(torch.sum(Ti * P).item() for Ti, P in zip(targets, TLL, strict=True))
-    return Interference(L.flatten(0, 1), sum(TLL), constant)
+    return Interference(L.flatten(0, 1), sum(TLL[1:], start=TLL[0]), constant)
 
 
 def adam(
-    form: Interference,
-    start: Tensor,
-    learning_rate: float,
-    steps: int,
-    on_step: OnStep | None = None,
-) -> Tensor:
+    form: Interference, start: Matrix, learning_rate: float, steps: int, on_step: OnStep = None
+) -> Matrix:
     """Displacement (m, n) after `steps` of torch's Adam, given the gradient instead of deriving it.
 
     `form` is the loss of the displacement δ = τ − start, which only `on_step`(step, loss, ‖τ‖F)
@@ -147,12 +146,12 @@ def adam(
 
 def sgd(
     form: Interference,
-    start: Tensor,
+    start: Matrix,
     learning_rate: float,
     momentum: float,
     steps: int,
-    on_step: OnStep | None = None,
-) -> Tensor:
+    on_step: OnStep = None,
+) -> Matrix:
     """Displacement (m, n) after `steps` of gradient descent with momentum, in closed form.
 
     With C = V Λ Vᵀ the displacement is D V q(Λ) Vᵀ at every step, and the response q follows the
@@ -178,12 +177,14 @@ def sgd(
             square = start_norm**2 + torch.sum(q * (2 * along + q * pull))
             on_step(step, loss.item(), square.clamp(min=0).sqrt().item())
             state = (step_matrix @ state.unsqueeze(-1)).squeeze(-1)
-    q = torch.linalg.matrix_power(step_matrix, steps)[:, 0, 2]
-    return DV * q.to(DV.dtype) @ Vh
+    response: Tensor = torch.linalg.matrix_power(step_matrix, steps)[:, 0, 2]
+    return DV * response.to(DV.dtype) @ Vh
 
 
-def _step_matrix(eigenvalues: Tensor, learning_rate: float, momentum: float) -> Tensor:
-    """One step of gradient descent with momentum on (q, velocity, 1): (r,) -> (r, 3, 3)."""
+def _step_matrix(
+    eigenvalues: Float[Tensor, " r"], learning_rate: float, momentum: float
+) -> Float[Tensor, "r 3 3"]:
+    """One step of gradient descent with momentum on (q, velocity, 1), for each eigenvalue."""
     step = torch.zeros(len(eigenvalues), 3, 3).to(eigenvalues)
     step[:, 1, 0] = 2 * eigenvalues
     step[:, 1, 1] = momentum
@@ -194,9 +195,7 @@ def _step_matrix(eigenvalues: Tensor, learning_rate: float, momentum: float) -> 
     return step
 
 
-def ridge(
-    form: Interference, start: Tensor, shrink: float, on_step: OnStep | None = None
-) -> Tensor:
+def ridge(form: Interference, start: Matrix, shrink: float, on_step: OnStep = None) -> Matrix:
     """Displacement (m, n) that minimises loss + μ‖δ‖²F, δ = τ − start: D (C + μI)⁻¹.
 
     μ = shrink times the mean eigenvalue of C, tr(C) / n, so that the result follows the scale of

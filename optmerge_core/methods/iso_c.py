@@ -1,14 +1,13 @@
 """Iso-C: the sum with an even spectrum (arXiv 2502.04959)."""
 
 import torch
-from torch import Tensor
 
-from optmerge_core.methods.contract import merge_method
+from optmerge_core.methods.contract import Matrices, Matrix, merge_method
 from optmerge_core.methods.svd import truncated_svd
 
 
 @merge_method(matrices_only=True)
-def iso_c(task_vectors: Tensor) -> Tensor:
+def iso_c(task_vectors: Matrices) -> Matrix:
     """The sum of the task vectors with an even spectrum: (experts, m, n) -> (m, n).
 
     Marczak et al., "No task left behind: isotropic model merging" (2025): every singular value

@@ -5,15 +5,21 @@ same in torch, which is what they are tested against, takes a dozen passes (`tie
 `dare.dare`). Needs the package triton, which torch brings where it supports CUDA.
 """
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
+from jaxtyping import Bool, Float
 from torch import Tensor
+
+from optmerge_core.methods.contract import Stack
 
 TILE = 1024
 
 
 @triton.jit
+@no_type_check
 def _ties_kernel(
     stack, thresholds, majority, merged, balances, draws, size,
     EXPERTS: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
@@ -39,6 +45,7 @@ def _ties_kernel(
 
 
 @triton.jit
+@no_type_check
 def _dare_kernel(
     stack, kept, merged, scale, size,
     EXPERTS: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
@@ -53,7 +60,7 @@ def _dare_kernel(
     tl.store(merged + entries, total, mask=entries < size)
 
 
-def ties(task_vectors: Tensor, thresholds: Tensor) -> Tensor:
+def ties(task_vectors: Stack, thresholds: Float[Tensor, " experts"]) -> Float[Tensor, "*shape"]:
     """`ties.ties` with given thresholds (experts,): (experts, *shape) -> (*shape), float32.
 
     Where experts cancel exactly, which is rare, a second round decides by the whole tensor's
@@ -79,11 +86,10 @@ def ties(task_vectors: Tensor, thresholds: Tensor) -> Tensor:
     return merged.view(task_vectors.shape[1:])
 
 
-def dare_sum(task_vectors: Tensor, kept: Tensor, drop_rate: float) -> Tensor:
-    """The sum of what `dare.dare` leaves: (experts, *shape) and where to keep -> (*shape).
-
-    kept: bool, the shape of the task vectors.
-    """
+def dare_sum(
+    task_vectors: Stack, kept: Bool[Tensor, " experts *shape"], drop_rate: float
+) -> Float[Tensor, "*shape"]:
+    """The sum of what `dare.dare` leaves: (experts, *shape) and where to keep -> (*shape)."""
     flat, chosen = task_vectors.flatten(1).contiguous(), kept.flatten(1).contiguous()
     experts, size = flat.shape
     merged = flat.new_empty(size)

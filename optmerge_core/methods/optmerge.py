@@ -11,9 +11,10 @@ code's.
 
 from dataclasses import dataclass, fields, replace
 
+from jaxtyping import Float
 from torch import Tensor
 
-from optmerge_core.methods.contract import check_choice, check_share, merge_method
+from optmerge_core.methods.contract import Matrices, Matrix, check_choice, check_share, merge_method
 from optmerge_core.methods.interference import Descent, OnStep, minimise_interference
 from optmerge_core.methods.svd import low_rank
 
@@ -34,22 +35,15 @@ class Settings(Descent):
 
 
 PRESETS = {
-    "full": Settings(
-        center=True, subspace="uncentered", init="sum", optimizer="adam", learning_rate=1e-5
-    ),
-    "lora": Settings(
-        center=False, subspace="uncentered", init="mean", optimizer="sgd", learning_rate=1e-4
-    ),
-    "modality": Settings(
-        center=False, subspace="whole", init="mean", optimizer="sgd", learning_rate=5e-2,
-        rank_ratio=0.2,
-    ),
-}  # fmt: skip
+    "full": Settings("sum", "adam", 1e-5, center=True, subspace="uncentered"),
+    "lora": Settings("mean", "sgd", 1e-4, center=False, subspace="uncentered"),
+    "modality": Settings("mean", "sgd", 5e-2, center=False, subspace="whole", rank_ratio=0.2),
+}
 
 
 @merge_method(matrices_only=True)
 def optmerge(
-    task_vectors: Tensor,
+    task_vectors: Matrices,
     *,
     preset: str = "full",
     center: bool | None = None,
@@ -62,8 +56,8 @@ def optmerge(
     steps: int | None = None,
     rank_ratio: float | None = None,
     shrink: float | None = None,
-    on_step: OnStep | None = None,
-) -> Tensor:
+    on_step: OnStep = None,
+) -> Matrix:
     """OptMerge, Eq. 2–3: (experts, m, n) -> (m, n). An option left at None is the preset's.
 
     preset              the released code's settings: "full" fine-tuning, "lora" or "modality"
@@ -88,7 +82,9 @@ def optmerge(
     return minimise_interference(task_vectors, targets, subspaces, settings, on_step)
 
 
-def targets_and_subspaces(task_vectors: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+def targets_and_subspaces(
+    task_vectors: Matrices, settings: Settings
+) -> tuple[Matrices, Float[Tensor, "experts _ n"]]:
     """Ti (experts, m, n) and Li (experts, k or m, n) of Eq. 2–3 for these settings."""
     experts, smaller_side = len(task_vectors), min(task_vectors.shape[1:])
     ratio = settings.rank_ratio

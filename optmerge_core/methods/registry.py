@@ -5,16 +5,15 @@ knows nothing of names, files or models, and scaling the result is not its busin
 merged model = base model + scaling coefficient · merged task vector.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from optmerge_core.methods import FILES, no_method
-from optmerge_core.methods.blocks import Blocks
-from optmerge_core.methods.contract import check_option_names
+from optmerge_core.methods.blocks import Blocks, MergedBlock
+from optmerge_core.methods.contract import Method, check_option_names
 from optmerge_core.methods.ties import ties_blocks
 
 
@@ -25,9 +24,7 @@ def merges_in_blocks(method: str, options: Mapping[str, Any], trim: str = "tenso
     return method in ("weight_average", "task_arithmetic")
 
 
-def merge_blocks(
-    method: str, blocks: Blocks, **options: Any
-) -> Iterator[tuple[Any, Tensor | None, Tensor]]:
+def merge_blocks(method: str, blocks: Blocks, **options: Any) -> Iterator[MergedBlock]:
     """(entries, block, merged entries), the values of `METHODS[method]`, block by block.
 
     Some entries may come once more at the end, without their block. For what `merges_in_blocks`,
@@ -41,14 +38,14 @@ def merge_blocks(
         yield entries, block, METHODS[method](block, **options)
 
 
-class _Methods(dict):
+class _Methods(dict[str, Method]):
     """The methods by name; asking for one that isn't there is a ValueError naming all."""
 
-    def __missing__(self, name: str) -> Callable:
+    def __missing__(self, name: str) -> Method:
         raise no_method(name)
 
 
-METHODS: Mapping[str, Callable[..., Tensor]] = _Methods(
+METHODS: Mapping[str, Method] = _Methods(
     (name, getattr(import_module(f"optmerge_core.methods.{file}"), name))
     for name, file in FILES.items()
 )

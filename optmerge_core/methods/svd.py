@@ -1,10 +1,13 @@
 """Singular value decompositions by the Gram matrix of the smaller side."""
 
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 
-def truncated_svd(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def truncated_svd(
+    matrix: Float[Tensor, "*batch m n"], rank: int | None = None
+) -> tuple[Float[Tensor, "*batch m k"], Float[Tensor, "*batch k"], Float[Tensor, "*batch k n"]]:
     """The `rank` largest singular triplets, from the Gram matrix of the smaller side.
 
     matrix (..., m, n) -> U (..., m, k), S (..., k) descending, Vh (..., k, n), in its dtype,
@@ -33,7 +36,9 @@ def truncated_svd(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tens
     return U.to(matrix.dtype), S.to(matrix.dtype), V.mT.to(matrix.dtype)
 
 
-def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def low_rank(
+    matrix: Float[Tensor, "*batch m n"], rank: int
+) -> tuple[Float[Tensor, "*batch m n"], Float[Tensor, "*batch k n"]]:
     """The best rank-k approximation T and S Vh of it: (..., m, n) -> (..., m, n), (..., k, n).
 
     As `truncated_svd` gives them, k = min(rank, m, n), but as projections on the singular vectors
@@ -52,7 +57,7 @@ def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return matrix @ V @ V.mT, S.unsqueeze(-1) * V.mT
 
 
-def _gram(matrix: Tensor) -> Tensor:
+def _gram(matrix: Float[Tensor, "*batch m n"]) -> Float64[Tensor, "*batch n n"]:
     """AᵀA in float64, (..., m, n) -> (..., n, n), of one matrix of the batch after the other.
 
     So that no more than one matrix is ever held in float64.
@@ -63,14 +68,16 @@ def _gram(matrix: Tensor) -> Tensor:
     return exact.mT @ exact
 
 
-def singular_values(matrix: Tensor) -> Tensor:
+def singular_values(matrix: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch r"]:
     """All singular values (..., min(m, n)), descending; accuracy as in `truncated_svd`."""
     rows, columns = matrix.shape[-2:]
     squares = torch.linalg.eigvalsh(_gram(matrix.mT if rows < columns else matrix))
     return _resolved_roots(squares, max(rows, columns)).flip(-1).to(matrix.dtype)
 
 
-def _resolved_roots(squares: Tensor, terms: int) -> Tensor:
+def _resolved_roots(
+    squares: Float64[Tensor, "*batch r"], terms: int
+) -> Float64[Tensor, "*batch r"]:
     """Roots of a float64 Gram matrix's eigenvalues, 0 below what sums of `terms` terms resolve."""
     floor = squares.amax(-1, keepdim=True) * terms * torch.finfo(torch.float64).eps
     return torch.where(squares > floor, squares, 0).sqrt()

@@ -1,14 +1,16 @@
 """TIES merging: trim, elect a sign, average what agrees (arXiv 2306.01708)."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
-from optmerge_core.methods.blocks import BLOCK, Blocks, kth_smallest
+from optmerge_core.methods.blocks import BLOCK, Blocks, MergedBlock, kth_smallest
 from optmerge_core.methods.contract import (
+    Share,
+    Stack,
     Weights,
     check_choice,
     check_share,
@@ -20,12 +22,12 @@ from optmerge_core.methods.contract import (
 def ties_blocks(
     blocks: Blocks,
     *,
-    density: float | Sequence[float] = 0.2,
+    density: Share = 0.2,
     thresholds: Tensor | None = None,
     weights: Weights = None,
     normalize: bool = True,
     rule: str = "released",
-) -> Iterator[tuple[Any, Tensor | None, Tensor]]:
+) -> Iterator[MergedBlock]:
     """`ties` block by block: (entries, block (experts, size), merged entries (size,)).
 
     Where experts cancel exactly, the whole parameter's majority decides: such entries come once
@@ -57,14 +59,13 @@ def ties_blocks(
             drawn.append((entries, cancelled))
     for entries, cancelled in drawn:
         kept = trimmed(blocks.read(entries)[:, cancelled])
-        yield (
-            entries.start + cancelled,
-            None,
-            _mean_of_sign(kept, balance.sign(), factors, normalize),
-        )
+        merged = _mean_of_sign(kept, balance.sign(), factors, normalize)
+        yield entries.start + cancelled, None, merged
 
 
-def _mean_of_sign(values: Tensor, signs: Tensor, weights: Tensor | None, normalize: bool) -> Tensor:
+def _mean_of_sign(
+    values: Float[Tensor, "experts size"], signs: Tensor, weights: Tensor | None, normalize: bool
+) -> Float[Tensor, " size"]:
     """Mean of the values that have an entry's sign: (experts, size), (size,) or () -> (size,).
 
     `weights` (experts, 1), which the values contain, divide it; without `normalize`, the sum.
@@ -81,14 +82,14 @@ def _mean_of_sign(values: Tensor, signs: Tensor, weights: Tensor | None, normali
 
 @merge_method()
 def ties(
-    task_vectors: Tensor,
+    task_vectors: Stack,
     *,
-    density: float | Sequence[float] = 0.2,
+    density: Share = 0.2,
     thresholds: Tensor | None = None,
     weights: Weights = None,
     normalize: bool = True,
     rule: str = "released",
-) -> Tensor:
+) -> Float[Tensor, "*shape"]:
     """Trim, elect a sign, average what agrees: (experts, *shape) -> (*shape).
 
     Yadav et al., "TIES-Merging" (2023).
@@ -123,14 +124,14 @@ def ties(
         return kernels.ties(task_vectors, thresholds)
     blocks = Blocks.of(task_vectors, BLOCK << (9 * task_vectors.is_cuda))
     merged = task_vectors.new_empty(blocks.entries)
-    options: dict[str, Any] = {"weights": weights, "normalize": normalize, "rule": rule}
-    options["thresholds"] = thresholds.to(task_vectors)
-    for entries, _, result in ties_blocks(blocks, **options):
+    limits = thresholds.to(task_vectors)
+    found = ties_blocks(blocks, thresholds=limits, weights=weights, normalize=normalize, rule=rule)
+    for entries, _, result in found:
         merged[entries] = result
     return merged.view(task_vectors.shape[1:])
 
 
-def trim_thresholds(task_vectors: Tensor | Blocks, density: float | Sequence[float]) -> Tensor:
+def trim_thresholds(task_vectors: Stack | Blocks, density: Share) -> Float[Tensor, " experts"]:
     """The magnitude an expert's entries must reach to be kept: (experts, *shape) -> (experts,).
 
     The k-th smallest magnitude with k = int((1 − density)·size), so that slightly more than the
@@ -147,7 +148,7 @@ def trim_thresholds(task_vectors: Tensor | Blocks, density: float | Sequence[flo
     return thresholds.where(torch.tensor(k, device=thresholds.device) > 0, 0)
 
 
-def keep_largest(task_vectors: Tensor, density: float | Sequence[float]) -> Tensor:
+def keep_largest(task_vectors: Stack, density: Share) -> Stack:
     """Task vectors with 0 for all but an expert's int(density·size) largest entries, at least one.
 
     (experts, *shape) -> the same shape: mergekit's count, one or two entries fewer than those that

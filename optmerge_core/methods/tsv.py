@@ -1,14 +1,13 @@
 """Task singular vectors, decorrelated (arXiv 2412.00081)."""
 
 import torch
-from torch import Tensor
 
-from optmerge_core.methods.contract import merge_method
+from optmerge_core.methods.contract import Matrices, Matrix, merge_method
 from optmerge_core.methods.svd import truncated_svd
 
 
 @merge_method(matrices_only=True)
-def tsv(task_vectors: Tensor) -> Tensor:
+def tsv(task_vectors: Matrices) -> Matrix:
     """Task singular vectors, decorrelated: (experts, m, n) -> (m, n).
 
     Gargiulo et al., "Task singular vectors" (2025).
@@ -24,7 +23,7 @@ def tsv(task_vectors: Tensor) -> Tensor:
     return (U * S.flatten() @ V.mT).to(task_vectors.dtype)
 
 
-def nearest_orthonormal(matrix: Tensor) -> Tensor:
+def nearest_orthonormal(matrix: Matrix) -> Matrix:
     """P Qᵀ for matrix = P Σ Qᵀ (orthogonal Procrustes): (m, n) -> (m, n).
 
     Its columns (rows, if there are fewer) are orthonormal; directions the matrix does not have,

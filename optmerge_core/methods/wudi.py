@@ -1,14 +1,12 @@
 """WUDI: the merged task vector that interferes least with every expert (arXiv 2503.08099)."""
 
-from torch import Tensor
-
-from optmerge_core.methods.contract import merge_method
+from optmerge_core.methods.contract import Matrices, Matrix, merge_method
 from optmerge_core.methods.interference import Descent, OnStep, minimise_interference
 
 
 @merge_method(matrices_only=True)
 def wudi(
-    task_vectors: Tensor,
+    task_vectors: Matrices,
     *,
     init: str = "sum",
     optimizer: str = "adam",
@@ -17,8 +15,8 @@ def wudi(
     momentum: float = 0.9,
     steps: int = 300,
     shrink: float = 0.1,
-    on_step: OnStep | None = None,
-) -> Tensor:
+    on_step: OnStep = None,
+) -> Matrix:
     """Minimise Σi ‖(τ − τi) τiᵀ‖²F / ‖τi‖²F (Eq. 1 of OptMerge): (experts, m, n) -> (m, n).
 
     Cheng et al., "Whoever started the interference should end it" (2025): the interference with

@@ -28,7 +28,8 @@ def entropy_rank(singular_values: Tensor) -> Tensor:
     squares = singular_values.square()
     energy = squares.sum(-1, keepdim=True)
     shares = squares / _nonzero(energy)
-    return torch.special.entr(shares).sum(-1).exp() * (energy.squeeze(-1) > 0)
+    entropy: Tensor = torch.special.entr(shares).sum(-1)
+    return entropy.exp() * (energy.squeeze(-1) > 0)
 
 
 def energy_kept(singular_values: Tensor) -> Tensor:

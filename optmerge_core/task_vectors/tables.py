@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,7 +61,7 @@ def magnitudes(task_vectors: TaskVectors, sample: int = 2000, seed: int = 0) -> 
 
 
 def _norm(tensor: Tensor) -> float:
-    return torch.linalg.vector_norm(tensor.to(torch.float32), dtype=torch.float64).item()
+    return float(torch.linalg.vector_norm(tensor.to(torch.float32), dtype=torch.float64))
 
 
 def inner(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
@@ -70,4 +71,4 @@ def inner(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
 
 def cosine(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
     """The cosine of two merged task vectors."""
-    return inner(first, second) / (inner(first, first) * inner(second, second)) ** 0.5
+    return inner(first, second) / math.sqrt(inner(first, first) * inner(second, second))
