@@ -180,11 +180,11 @@ def test_recipes_are_named_as_their_files():
         assert yaml.safe_load(path.read_text()).get("name", path.stem) == path.stem
 
 
-def test_readme_names_only_what_exists():
-    readme = (ROOT / "README.md").read_text()
-    readme = re.sub(r"^```.*?^```", "", readme, flags=re.DOTALL | re.MULTILINE)
-    links = re.findall(r"\]\(([^)#]+)\)", readme)
-    named = re.findall(r"`((?:figures|notebooks|data|tests|optmerge_core)/[\w./-]+)`", readme)
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_pages_name_only_what_exists(page):
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", text)
+    named = re.findall(r"`((?:figures|notebooks|data|tests|optmerge_core)/[\w./-]+)`", text)
     missing = [
         name
         for name in links + named
@@ -256,3 +256,46 @@ def test_ci_runs_all_tests():
     script = ROOT / ".ci" / "run"
     assert script.stat().st_mode & 0o111
     assert script.read_text().splitlines()[-2:] == ["make test", "exec make test-slow"]
+
+
+def test_citation_is_valid_and_of_this_version():
+    """The fields that the Citation File Format 1.2.0 requires, and no other than it has."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    known = "abstract authors cff-version keywords license message preferred-citation title type"
+    assert set(citation) <= {*known.split(), "version"} and citation["cff-version"] == "1.2.0"
+    assert citation["message"] and citation["title"] == read_project()["name"]
+    assert citation["version"] == read_project()["version"]
+    assert citation["license"] == read_project()["license"]
+    paper = citation["preferred-citation"]
+    assert paper["type"] == "conference-paper" and paper["title"].startswith("OptMerge: ")
+    assert isinstance(paper["conference"]["name"], str) and isinstance(paper["year"], int)
+    assert paper["url"] in (ROOT / "README.md").read_text()
+    for author in (*citation["authors"], *paper["authors"]):
+        assert set(author) in ({"name"}, {"given-names", "family-names"}), author
+    assert len(paper["authors"]) == 10
+
+
+def test_ci_runs_make_for_every_python():
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    matrix = jobs["test"]["strategy"]["matrix"]
+    assert matrix == {"os": ["ubuntu-latest", "macos-latest"], "python": list(PYTHONS)}
+    for name, job in jobs.items():
+        (command,) = [step["run"] for step in job["steps"] if "run" in step]
+        assert command == f"make {name}" and make("--dry-run", name).returncode == 0
+
+
+def test_hooks_run_what_make_installs():
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert repository["repo"] == "local"
+    for hook in repository["hooks"]:
+        interpreter, option, module, *_ = hook["entry"].split()
+        assert (interpreter, option) == (".venv/bin/python", "-m") and hook["language"] == "system"
+        assert module in {pin.name for pin in read_pins()}
+
+
+def test_contributing_names_targets_that_exist():
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    targets = set(re.findall(r"(?:^|`)make ([a-z-]+)", page, flags=re.MULTILINE))
+    assert targets >= {"setup", "test"}
+    for target in targets:
+        assert make("--dry-run", target).returncode == 0, target
