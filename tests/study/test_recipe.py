@@ -96,6 +96,13 @@ def test_a_weight_or_an_option_leaves_the_methods_other_options(write, method, o
         assert own.items() <= options.items()
 
 
+@pytest.mark.parametrize("name", ["../x", "a/b", "a\\b", ".hidden", "a\nb", "a\x00", ""])
+def test_a_name_is_that_of_a_folder(write, name):
+    assert load_recipe(write(name="two words")).name == "two words"
+    with pytest.raises(RecipeError, match="name: .* is to be a folder's name"):
+        load_recipe(write(name=name))
+
+
 @pytest.mark.parametrize("model", ["nowhere", "nowhere+ocr"])
 def test_what_may_stand_for_a_model_names_an_adapter_only_where_one_is_meant(write, model):
     with pytest.raises(RecipeError, match="neither a folder .* nor a hub id") as caught:
