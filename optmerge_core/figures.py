@@ -80,13 +80,15 @@ def expert_palette(experts):
     return dict(zip(experts, cycle(EXPERT_COLORS), strict=False))
 
 
-def as_stored(table, output_dir, name):
+def as_stored(table, output_dir, name, one_answer=None):
     """The table as `<name>.csv` in `output_dir` keeps it: what a figure is drawn from.
 
     Numbers have DIGITS digits, those below RESOLUTION of the largest in their column are 0, whole
     numbers and texts stay. Rounding alone would not do: among thousands of numbers some lie on the
     edge of two. So where the file has a number already, that one stays if the new one is no more
-    than one unit of its last digit away, or RESOLUTION of the column's largest.
+    than one unit of its last digit away, or RESOLUTION of the column's largest, or one answer.
+    one_answer: column of scores -> what an answer more is in it; a near tie may fall otherwise on
+    another machine.
     """
     kept, before = pd.DataFrame(table).copy(), _read(Path(output_dir, f"{name}.csv"))
     before = before.iloc[:, -kept.shape[1] :]  # without the index
@@ -95,9 +97,10 @@ def as_stored(table, output_dir, name):
     for place in range(kept.shape[1]):
         new, old = kept.iloc[:, place], before.iloc[:, place]
         if any(map(_measured, new)):
-            largest = max(abs(_rounded(x)) for x in new if _measured(x))
-            pairs = zip(new, old, strict=True)
-            kept.isetitem(place, [_stored(x, y, RESOLUTION * largest) for x, y in pairs])
+            noise = RESOLUTION * max(abs(_rounded(x)) for x in new if _measured(x))
+            turn = (one_answer or {}).get(kept.columns[place], 0.0)
+            cells = [_stored(x, y, noise, turn) for x, y in zip(new, old, strict=True)]
+            kept.isetitem(place, cells)
     return kept
 
 
@@ -117,18 +120,18 @@ def _rounded(x):
     return x if x.is_integer() else float(f"{x:.{DIGITS}g}")
 
 
-def _stored(new, old, resolution):
-    """What is kept of one cell, given what the file has there; below `resolution` nothing is."""
+def _stored(new, old, noise, turn):
+    """What is kept of one cell, given what the file has there; below `noise` nothing is."""
     if not _measured(new):
         return new
     value = _rounded(new)
     if isinstance(old, int | float) and isfinite(old):
-        old = _rounded(float(old)) if abs(old) >= resolution else 0.0
+        old = _rounded(float(old)) if abs(old) >= noise else 0.0
         unit = 10.0 ** (floor(log10(abs(old))) - DIGITS + 1) if old else 0.0
-        exact = new.is_integer() and old.is_integer()  # a count, say
-        if not exact and abs(value - old) <= max(1.01 * unit, resolution):
+        exact = new.is_integer() and old.is_integer() and not turn  # a count, say
+        if not exact and abs(value - old) <= max(1.01 * unit + turn, noise):
             return old
-    return value if abs(value) >= resolution else 0.0
+    return value if abs(value) >= noise else 0.0
 
 
 def save_figure(figure, data, output_dir, name):
@@ -149,17 +152,35 @@ def save_figure(figure, data, output_dir, name):
     return folder / f"{name}.png"
 
 
-def save_table(table, output_dir, name, decimals=2):
+def save_table(table, output_dir, name, decimals=2, one_answer=None):
     """Write `<name>.csv` and `<name>.md` (for reading); the index is the first column.
 
-    Both hold the numbers `as_stored`; measured seconds and bytes belong to the run, not in here.
+    Both hold the numbers `as_stored`, which says what one_answer is; measured seconds and bytes
+    belong to the run, not in here.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    table = as_stored(table, folder, name)
+    table = as_stored(table, folder, name, one_answer)
     table.to_csv(folder / f"{name}.csv", float_format="%.10g")
     (folder / f"{name}.md").write_text(markdown(table, decimals, DIGITS))
     return folder / f"{name}.csv"
+
+
+def save_answers(answers, output_dir, name):
+    """Write `<name>.parquet`, one row an answer; columns task, model, prediction, correct, ….
+
+    The file of an earlier run stays while no model has more than one other answer in a task.
+    """
+    path = Path(output_dir, f"{name}.parquet")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    said = ["prediction", "correct"]
+    before = pd.read_parquet(path) if path.is_file() else pd.DataFrame(columns=said)
+    if before.drop(columns=said).equals(answers.drop(columns=said)):
+        turned = answers.assign(turned=answers["prediction"] != before["prediction"].to_numpy())
+        if turned.groupby(["model", "task"])["turned"].sum().max() <= 1:
+            return path
+    answers.to_parquet(path)
+    return path
 
 
 def markdown(table, decimals=2, digits=None):

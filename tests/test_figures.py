@@ -23,6 +23,7 @@ from optmerge_core.figures import (
     compare,
     markdown,
     paper_table,
+    save_answers,
     save_figure,
     save_table,
     use_style,
@@ -102,6 +103,34 @@ def test_a_stored_number_stays_while_a_rerun_is_a_unit_away(before, now, kept, t
     save_table(pd.DataFrame({"x": [now, 0.7]}, index=rows), tmp_path, "table99_x")
     found = pd.read_csv(tmp_path / "table99_x.csv")["x"][0]
     assert found == kept or np.isnan([found, kept]).all()
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "kept"),
+    [(44.68, 44.7402, 44.68), (94.0, 93.0, 94.0), (44.68, 47.0, 47.0), (-0.2, 0.8, -0.2)],
+)
+def test_a_score_stays_while_one_answer_turned(before, now, kept, tmp_path):
+    pd.DataFrame({"Avg": [before], "λ": [1.0]}).to_csv(tmp_path / "fig99_x.csv", index=False)
+    scores = pd.DataFrame({"Avg": [now], "λ": [0.7]})
+    found = as_stored(scores, tmp_path, "fig99_x", {"Avg": 1.0, "VQA": 1.0})
+    assert found.loc[0].to_dict() == {"Avg": kept, "λ": 0.7}
+    save_figure(plt.figure(), found, tmp_path, "fig99_x")
+    plt.close()
+    assert pd.read_csv(tmp_path / "fig99_x.csv").loc[0].to_dict() == {"Avg": kept, "λ": 0.7}
+
+
+def test_answers_stay_while_one_of_a_task_turned(tmp_path):
+    rows = {"task": ["a", "a", "b", "b"], "model": "m", "prediction": list("wxyz")}
+    first = pd.DataFrame(rows | {"correct": [True, False, True, True]})
+    path = save_answers(first, tmp_path / "new", "answers")
+    before = path.read_bytes()
+    for turned, stays in (("wxyz", True), ("vxyy", True), ("vvyz", False)):
+        path.write_bytes(before)
+        save_answers(first.assign(prediction=list(turned)), tmp_path / "new", "answers")
+        assert (path.read_bytes() == before) == stays, turned
+    path.write_bytes(before)
+    save_answers(first[1:], tmp_path / "new", "answers")
+    pd.testing.assert_frame_equal(pd.read_parquet(path), first[1:])
 
 
 def test_a_table_of_another_shape_is_no_table_of_before(tmp_path):
@@ -213,7 +242,7 @@ def test_notebooks_draw_from_what_is_stored(path):
     code = "\n".join("".join(cell["source"]) for cell in cells)
     saved = re.findall(r'save_figure\(.*_dir, ("\w+"|name)\)', code)
     assert len(saved) == code.count("save_figure(") > 0
-    kept = re.findall(r'stored\(.*_dir, ("\w+"|name)\)', code)
+    kept = re.findall(r'stored\(.*_dir, ("\w+"|name)(?:, one)?\)', code)
     pictures = {'"figxx_samples"', '"fig01_overview"'}  # with texts
     copied = {'"figxx_radar"'}  # rows of figxx_averages
     assert set(saved) - pictures - copied <= set(kept)
