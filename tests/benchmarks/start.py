@@ -30,7 +30,9 @@ def starts(folder):
     """What is started -> the arguments of Python."""
     found = {FLOOR: ["-c", FLOOR]}
     found["import optmerge_core"] = ["-c", "import optmerge_core"]
-    found["all public names"] = ["-c", "from optmerge_core import *"]
+    for names in ("merge", "*"):
+        code = f"from optmerge_core import {names}"
+        found[code] = ["-c", code]
     for package in ("optmerge_core", "optmerge_core.benchmark"):
         found[f"{package} --help"] = ["-m", package, "--help"]
     for name, text in REFUSED.items():
