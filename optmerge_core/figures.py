@@ -140,7 +140,8 @@ def save_figure(figure, data, output_dir, name):
     name: the paper's number first, such as `fig02a_magnitudes`. Draw from `as_stored(data, …)`:
     then every machine of a kind writes the same files. Returns the path of the PNG.
     """
-    from matplotlib import rc_context
+    with extra("plots"):
+        from matplotlib import rc_context
 
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
