@@ -82,6 +82,11 @@ def test_blocks_of_any_size_give_the_same_bits(name, method, options):
         torch.testing.assert_close(squares, stack.flatten(1).square().sum(1).float())
 
 
+def test_an_expert_without_a_threshold_is_an_error_and_not_left_out():
+    with pytest.raises(ValueError, match="shorter"):
+        list(merge_blocks("ties", Blocks.of(STACKS["numbers"]), thresholds=torch.zeros(3)))
+
+
 def test_only_what_is_entrywise_merges_in_blocks():
     assert {m for m in METHODS if merges_in_blocks(m, {})} == {
         "weight_average", "task_arithmetic", "ties"
