@@ -90,6 +90,6 @@ lab: setup
 	$(PY) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
 
 clean:
-	rm -rf runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage*
 	find . -path ./$(VENV) -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) \
 	  -exec rm -rf {} +

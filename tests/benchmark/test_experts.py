@@ -25,7 +25,7 @@ def trained(tmp_path_factory):
     folders, losses = [], []
     for run in range(2):
         model, processor, curve = fine_tune(
-            BASE, ["OCR"], steps=25, learning_rate=2e-3, seed=4, batch=32, workers=0
+            BASE, ["OCR"], steps=12, learning_rate=2e-3, seed=4, batch=8, workers=0
         )
         folder = tmp_path_factory.mktemp("trained") / str(run)
         save(model, processor, folder)
@@ -36,7 +36,7 @@ def trained(tmp_path_factory):
 
 def test_loss_falls(trained):
     _, (losses, _) = trained
-    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+    assert np.mean(losses[-4:]) < 0.8 * np.mean(losses[:4])
 
 
 def test_same_seed_same_bytes(trained):
