@@ -1,6 +1,7 @@
 """The benchmark's tokenizer: words, single characters, single digits and location tokens."""
 
 import re
+from functools import cache
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -28,8 +29,9 @@ def word_level(words, pieces):
     return tokenizer
 
 
-def build_tokenizer(named):
-    """A tokenizer whose decoding is lossless; named: attribute -> special token of a family."""
+@cache
+def vocabulary():
+    """What the training questions and answers are made of, sorted, with Ġ for a space."""
     text = " ".join(
         f"{question} {answer}"
         for task in TASKS
@@ -37,19 +39,20 @@ def build_tokenizer(named):
         for i in range(300)
         for question, answer, _ in sample(task, "train", i, level).turns
     )
-    locations = [f"<loc{i}>" for i in range(IMAGE_SIZE // BIN + 1)]
     singles = [f"{space}{c}" for space in ("", " ") for c in sorted(set(CHARACTERS + "0123456789"))]
     pieces = set(re.findall(PIECES, re.sub(r"<loc\d+>", "", text))) | set(singles)
-    words = {w for piece in pieces for w in (piece, piece.strip())} - {""} | {
-        " ",
-        "\n",
-        "user",
-        "assistant",
-    }
+    words = {w for piece in pieces for w in (piece, piece.strip())} - {""}
+    words |= {" ", "\n", "user", "assistant"}
+    return sorted(w.replace(" ", "Ġ").replace("\n", "Ċ") for w in words)
+
+
+def build_tokenizer(named):
+    """A tokenizer whose decoding is lossless; named: attribute -> special token of a family."""
+    locations = [f"<loc{i}>" for i in range(IMAGE_SIZE // BIN + 1)]
     ordered = (
         ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *named.values(), "<unk>"]
         + locations
-        + sorted(w.replace(" ", "Ġ").replace("\n", "Ċ") for w in words)
+        + vocabulary()
     )
     tokenizer = word_level(ordered, PIECES)
     tokenizer.add_tokens(locations)
