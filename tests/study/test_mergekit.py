@@ -3,6 +3,7 @@
 import warnings
 from types import SimpleNamespace
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -265,7 +266,9 @@ def test_each_expert_is_dropped_at_its_own_rate():
         ("task_arithmetic", {"weights": [1, float("nan")]}, "finite"),
     ],
 )
-def test_wrong_lists_are_refused_before_any_work(method, options, text):
+def test_wrong_lists_are_refused_before_any_work(method, options, text, monkeypatch):
+    """By the methods themselves, as outside of tests, where nobody checks their annotations."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match=text):
         check_options(method, options)
 
