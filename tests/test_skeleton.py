@@ -236,7 +236,16 @@ def make(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_make_plans():
-    for target in ("setup", "reproduce", "figures", "test", "test-slow", "lab", "clean"):
+    for target in (
+        "setup",
+        "reproduce",
+        "figures",
+        "test",
+        "test-slow",
+        "coverage",
+        "lab",
+        "clean",
+    ):
         done = make("--dry-run", target)
         assert done.returncode == 0, done.stderr
         assert ("pip install" in done.stdout) == (target != "clean"), target
@@ -255,7 +264,11 @@ def test_make_refuses_an_old_python(tmp_path):
 def test_ci_runs_all_tests():
     script = ROOT / ".ci" / "run"
     assert script.stat().st_mode & 0o111
-    assert script.read_text().splitlines()[-2:] == ["make test", "exec make test-slow"]
+    assert script.read_text().splitlines()[-3:] == [
+        "make test",
+        "make test-slow",
+        "exec make coverage",
+    ]
 
 
 def test_citation_is_valid_and_of_this_version():
