@@ -1,7 +1,8 @@
 """Answers given before: notebooks and reruns ask the same models the same questions.
 
 Where OPTMERGE_ANSWERS names a folder, answers are kept there by a hash of all that decides them:
-the model's weights and configuration, the questions, this package's code, the libraries' versions.
+the model's weights, settings and tokenizer, the questions, this package's code, the libraries'
+versions.
 """
 
 import hashlib
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+from optmerge_core.checkpoints.writer import side_files
 
 FOLDER = "OPTMERGE_ANSWERS"
 DECIDING = ("torch", "transformers", "tokenizers", "numpy", "pillow")
@@ -28,7 +31,8 @@ def remembered(model, asked, answer):
     if not folder:
         return answer()
     digest = hashlib.blake2b(code().encode(), digest_size=16)
-    state = [type(model).__name__, model.config.to_json_string(), *model.named_parameters()]
+    settings = model.config.to_json_string(), model.generation_config.to_json_string()
+    state = [type(model).__name__, settings, *model.state_dict().items()]
     _add(digest, [state, asked])
     path = Path(folder, f"{digest.hexdigest()}.json")
     if path.is_file():
@@ -39,6 +43,11 @@ def remembered(model, asked, answer):
     partial.write_text(json.dumps(list(answers)), encoding="utf-8")
     partial.replace(path)
     return answers
+
+
+def side_content(folder):
+    """Name and content of what is not weights: tokenizer, processor, chat template, own code."""
+    return [(path.name, path.read_bytes()) for path in side_files(folder)]
 
 
 def _add(digest, item):

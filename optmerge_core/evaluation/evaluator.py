@@ -6,6 +6,7 @@ answer. The embedded families have a faster way, `benchmark/evaluator.py`.
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,8 +14,7 @@ import torch
 from optmerge_core.checkpoints.names import closest_names
 from optmerge_core.checkpoints.open import open_checkpoint
 from optmerge_core.errors import extra
-from optmerge_core.evaluation import chat
-from optmerge_core.evaluation.answers import remembered
+from optmerge_core.evaluation import answers, chat
 from optmerge_core.evaluation.metrics import is_correct, metric_of
 from optmerge_core.runtime import in_order, parse_device
 from optmerge_core.task_vectors.stack import apply
@@ -79,10 +79,9 @@ class Evaluator:
         self._data = data
         self.samples = data.remove_columns("image").to_pandas()
         self._metrics = [metric_of(sample) for sample in self.samples.to_dict("records")]
-        images = [
-            image["bytes"] for image in data.cast_column("image", Image(decode=False))["image"]
-        ]
-        self._asked = list(zip(self.samples["question"], images, strict=True))
+        images = data.cast_column("image", Image(decode=False))["image"]
+        pixels = [image["bytes"] or Path(image["path"]).read_bytes() for image in images]
+        self._asked = [self.samples.to_json(), pixels, answers.side_content(self.base.folder)]
 
     def _batches(self):
         """(rows, what `generate` takes); the next ones are prepared while one is answered."""
@@ -159,7 +158,7 @@ class Evaluator:
             weights = ((name, mapping[name]) for name in (mapping if names is None else names))
         self._replace(weights or ())
         asked = self._asked, self.max_new_tokens, self.batch_size, self.device.type
-        predictions = remembered(self.model, asked, self._predict)
+        predictions = answers.remembered(self.model, asked, self._predict)
         table = self.samples.assign(prediction=predictions)
         rows = zip(self._metrics, predictions, table["answer"], strict=True)
         table["correct"] = [self.is_correct(*row) for row in rows]

@@ -76,11 +76,17 @@ def another_configuration(model):
     model.config.rope_parameters = model.config.rope_parameters | {"rope_theta": 7.0}
 
 
+def another_end(model):
+    model.generation_config.eos_token_id = 3
+
+
 def another_layer(model):
     model.model.layers[0].mlp.add_module("extra", torch.nn.Linear(1, 1, bias=False))
 
 
-@pytest.mark.parametrize("change", [smallest_change, another_configuration, another_layer])
+@pytest.mark.parametrize(
+    "change", [smallest_change, another_configuration, another_end, another_layer]
+)
 def test_another_model_gives_other_answers(model, asking, change):
     before = list(asking(QUESTIONS))
     change(model)

@@ -19,7 +19,7 @@ from optmerge_core.benchmark.models.omni import (
 )
 from optmerge_core.benchmark.tasks.clips import NEEDS, clip, questions
 from optmerge_core.errors import extra
-from optmerge_core.evaluation.answers import remembered
+from optmerge_core.evaluation.answers import remembered, side_content
 from optmerge_core.omni import OmniForConditionalGeneration
 
 with extra("benchmark"):
@@ -123,6 +123,7 @@ class OmniEvaluator:
         texts = [prompt(question, modalities) for question in self.table["question"]]
         processors = image_processor(), feature_extractor()
         self.batches = []
+        self.asked = [self.batches, side_content(folder)]
         for rows in by_length(self.tokenizer, texts, batch_size):
             ids = self.tokenizer([texts[i] for i in rows], return_tensors="pt")["input_ids"]
             inputs = modality_inputs([items[i][0] for i in rows], modalities, *processors)
@@ -137,7 +138,7 @@ class OmniEvaluator:
             full = f"model.{name}"
             if full in self.base:  # not where `online.route` has put other layers
                 parameter.copy_((weights or {}).get(full, self.base[full]))
-        return judged(self.table, remembered(self.model, self.batches, self._predict))
+        return judged(self.table, remembered(self.model, self.asked, self._predict))
 
     def _predict(self):
         """What the model says to every question, as it is now."""
