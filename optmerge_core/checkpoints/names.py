@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterable
 
 HALVES = {"model", "language_model", "text_model", "vision_model"}
 TOWER = re.compile(
-    r"vision|visual|(?:^|[._])vit|image|img|clip|siglip|dino|audio|speech|video|projector|connector"
+    r"vision|visual|(?:^|[._])(?:vit|[va]pm\.)|image|img|clip|siglip|dino|audio|speech|video"
+    r"|projector|connector"
     r"|merger|mlp1|resampler|qformer|perceiver|abstractor",
     re.IGNORECASE,
 )
@@ -54,12 +55,16 @@ def closest_names(name: str, candidates: Iterable[str]) -> list[str]:
     """Those of the candidates that may be the same parameter, whatever model they are part of.
 
     They end alike, from the layer's number on or else in the last two bare words, and have the
-    fewest words that only one of the two names has.
+    fewest words that only one of the two names has. A tower's name stands for a tower's alone, and
+    one that is nothing but a layer, as in a language model by itself, for a language model's.
     """
-    layer = _LAYER.search(name)
+    layer, tower = _LAYER.search(name), bool(TOWER.search(name))
     end = layer[1] if layer else "." + ".".join(bare(name).split(".")[-2:])
+    found = [x for x in candidates if f".{x}".endswith(end)]
+    if tower or _LANGUAGE.fullmatch(bare(name)):
+        found = [x for x in found if bool(TOWER.search(x)) == tower]
     words = {*name.split(".")}
-    odd = {x: len(words ^ {*x.split(".")}) for x in candidates if f".{x}".endswith(end)}
+    odd = {x: len(words ^ {*x.split(".")}) for x in found}
     return [x for x, count in odd.items() if count == min(odd.values())]
 
 

@@ -66,6 +66,27 @@ def test_names_that_no_word_tells_apart_are_all_given():
 
 
 @pytest.mark.parametrize(
+    "tower",
+    [
+        "vision_tower.vision_model.encoder", "model.vision_model.encoder", "visual", "audio_tower",
+        "image_tower.encoder", "model.connector.perceiver_resampler", "vpm.encoder",
+    ],
+)  # fmt: skip
+def test_a_tower_s_layer_is_no_language_model_s(tower):
+    end = "layers.1.self_attn.q_proj.weight"
+    for language in (
+        "language_model.model",
+        "model.language_model",
+        "model.text_model",
+        "llm.model",
+    ):
+        both = [f"{language}.{end}", f"{tower}.{end}"]
+        assert closest_names(end, both) == closest_names(f"model.{end}", both) == both[:1]
+        assert closest_names(both[1], both) == closest_names(f"model.{both[1]}", both) == both[1:]
+        assert closest_names(f"model.{end}", both[1:]) == closest_names(both[1], both[:1]) == []
+
+
+@pytest.mark.parametrize(
     ("name", "own"),
     [
         ("language_model.model.layers.0.up.weight", "model.layers.0.up.weight"),

@@ -13,10 +13,13 @@ from typing import NamedTuple
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from specialists import AUDIO
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
+from optmerge_core.checkpoints.open import open_checkpoint, open_expert
 from optmerge_core.merging.families import FAMILIES as RULES
 from optmerge_core.merging.merge import merge
 from optmerge_core.methods.registry import METHODS
@@ -232,10 +235,33 @@ FAMILIES = {
     ),
 }  # fmt: skip
 
+MULTIMODAL = {
+    name: family
+    for name, family in FAMILIES.items()
+    if {"text_config", "llm_config"} & {*family.config}
+} | {
+    "mistral3": Family(
+        "Mistral3ForConditionalGeneration",
+        vision_language("mistral", "pixtral", image_token_id=IMAGE),
+    ),
+    "qwen2_audio": Family(
+        "Qwen2AudioForConditionalGeneration",
+        {"text_config": TEXT | {"model_type": "qwen2"}, "audio_config": AUDIO},
+    ),
+    "qwen2_5_omni_thinker": Family(
+        "Qwen2_5OmniThinkerForConditionalGeneration",
+        {
+            "text_config": TEXT | {"rope_parameters": ROPE},
+            "vision_config": QWEN_VISION | {"fullatt_block_indexes": [0], "window_size": 16},
+            "audio_config": {k: AUDIO[k] for k in AUDIO if k != "model_type"} | {"output_dim": 16},
+        },
+    ),
+}  # fmt: skip
+
 
 def build(name: str) -> PreTrainedModel:
     """The family's tiny model, its weights drawn from a seed."""
-    family = FAMILIES[name]
+    family = (FAMILIES | MULTIMODAL)[name]
     cls = globals().get(family.model) or getattr(transformers, family.model)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -311,6 +337,33 @@ def test_exactly_the_language_models_linear_layers_merge(study, tmp_path, method
 def test_every_rule_is_tested_on_a_model():
     remote = {"llava_llama", "llava_qwen", "internlm2"}  # no class in transformers: by their names
     assert FAMILIES.keys() == RULES.keys() - remote
+
+
+@pytest.mark.parametrize("path", ["", "model."])
+@pytest.mark.parametrize("original", [True, False], ids=["hub's names", "memory's names"])
+@pytest.mark.parametrize("name", MULTIMODAL)
+def test_an_adapter_made_on_the_text_model_alone(tmp_path, name, original, path):
+    """Its modules are `layers.0…` or `model.layers.0…`; a tower has layers that end alike."""
+    model = build(name)
+    model.save_pretrained(tmp_path / "base", save_original_format=original)
+    stored = whole(tmp_path / "base")
+    memory = {(t.shape, t.numpy().tobytes()): own for own, t in model.state_dict().items()}
+    linears = len(linears_of(model))
+    adapted = get_peft_model(model.get_decoder(), LoraConfig(r=2, target_modules="all-linear"))
+    generator = torch.Generator().manual_seed(1)
+    for own, parameter in adapted.named_parameters():
+        if "lora_" in own:
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    adapted.save_pretrained(tmp_path / "adapter")
+    file, prefix = tmp_path / "adapter/adapter_model.safetensors", "base_model.model."
+    save_file({n.replace(prefix, prefix + path): t for n, t in load_file(file).items()}, file)
+    adapted.merge_and_unload()
+
+    expert = open_expert(tmp_path / "adapter", open_checkpoint(tmp_path / "base"))
+    assert len(expert.changes) == linears >= 8
+    for own, tensor in stored.items():
+        if same := memory.get((tensor.shape, tensor.numpy().tobytes())):  # no mixture's experts
+            torch.testing.assert_close(expert[own], model.state_dict()[same], atol=1e-6, rtol=0)
 
 
 @pytest.fixture
