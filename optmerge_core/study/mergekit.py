@@ -10,14 +10,18 @@ merge. A recipe that gives `weight` or `normalize` therefore means mergekit's de
     dare_linear      each entry is kept with probability `density`, then as task_arithmetic
     dare_ties        the same, then as ties without trimming, by default without `normalize`
 
+What DARE keeps is divided by `density`, as in its paper; mergekit scales it to the magnitudes' sum
+before. Everything is computed in float32; mergekit computes in `dtype`.
+
 A recipe without them means the methods as the OptMerge paper's released code has them.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 NAMES = {"linear": "weight_average", "dare_linear": "dare_task_arithmetic"}
@@ -27,10 +31,11 @@ SHARED = ("weight_average", "task_arithmetic", "ties", "dare_task_arithmetic", "
 FLAGS = ("normalize", "rescale", "int8_mask")
 
 
-def translate(content: dict[str, Any]) -> dict[str, Any]:
+def translate(content: dict[str, Any], same: Callable[[Any, Any], bool]) -> dict[str, Any]:
     """A recipe's content without the keys that only mergekit has, said by those this package has.
 
-    A warning says what has no effect; `ValueError` names a key that cannot be followed.
+    `same`: whether two locations are spellings of one. A warning says what has no effect;
+    `ValueError` names a key that cannot be followed.
     """
     content = dict(content)
     for key in ("slices", "modules"):
@@ -39,7 +44,7 @@ def translate(content: dict[str, Any]) -> dict[str, Any]:
                 f"{key}: models cannot be cut or put together by layers here; list whole models "
                 "under models"
             )
-    _check_tokenizer(content)
+    _check_tokenizer(content, same)
     template = content.pop("chat_template", None)
     if template not in (None, "auto"):
         raise ValueError("chat_template: the base model's is kept; leave the key out")
@@ -55,7 +60,7 @@ def translate(content: dict[str, Any]) -> dict[str, Any]:
         )
     if isinstance(models := content.get("models"), list) and models:
         models = [{"model": entry} if isinstance(entry, str) else entry for entry in models]
-        models = [_without_plus(entry, content.get("base_model")) for entry in models]
+        models = [_without_plus(entry, content.get("base_model"), same) for entry in models]
         content["models"] = models
         if method in ("linear", "weight_average") and isinstance(models[0], dict):
             # A mean does not need a base model: counted from any of the models it is the same.
@@ -63,12 +68,15 @@ def translate(content: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
-def _check_tokenizer(content: dict[str, Any]) -> None:
+def _check_tokenizer(content: dict[str, Any], same: Callable[[Any, Any], bool]) -> None:
     """Take out what says that the tokenizer is the base model's; anything else is an error."""
     tokenizer = content.pop("tokenizer", None) or {}
     source, known = content.pop("tokenizer_source", None), isinstance(tokenizer, dict)
-    source = tokenizer.get("source", source) if known else tokenizer
-    if source not in (None, "base", content.get("base_model")) or not known:
+    if tokenizer and source is not None:
+        raise ValueError("tokenizer and tokenizer_source are both given; keep one")
+    source = tokenizer.get("source") if known and tokenizer else tokenizer or source
+    of_base = source in (None, "base") or same(source, content.get("base_model"))
+    if not of_base or not known:
         raise ValueError(
             f"tokenizer_source {source!r}: the tokenizer and its vocabulary are the base model's "
             "here; write base, and give experts the base model's vocabulary"
@@ -78,12 +86,13 @@ def _check_tokenizer(content: dict[str, Any]) -> None:
             raise ValueError(f"tokenizer.{key}: the base model's vocabulary is kept; leave it out")
 
 
-def _without_plus(entry: Any, base_model: Any) -> Any:
+def _without_plus(entry: Any, base_model: Any, same: Callable[[Any, Any], bool]) -> Any:
     """mergekit's `model: base+adapter` is here the adapter alone, if that base is base_model."""
     location = entry.get("model") if isinstance(entry, dict) else None
-    if not isinstance(location, str) or not location.startswith(f"{base_model}+"):
-        return entry
-    return entry | {"model": location.removeprefix(f"{base_model}+")}
+    for plus in re.finditer(r"\+", location if isinstance(location, str) else ""):
+        if same(location[: plus.start()], base_model):
+            return entry | {"model": location[plus.end() :]}
+    return entry
 
 
 def method_options(

@@ -31,7 +31,7 @@ from optmerge_core.merging.families import FAMILIES
 from optmerge_core.methods import check_names
 from optmerge_core.study import mergekit
 
-SCIENTIFIC = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)e[-+]?\d+", re.IGNORECASE)
+NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(e[-+]?\d+)?", re.IGNORECASE)
 
 MAX_NODES = 100_000
 """Values that a recipe may have; a few aliases of aliases can stand for billions."""
@@ -41,11 +41,18 @@ class RecipeError(ValueError):
     """A recipe cannot be used; the message names the file, the key and what is valid."""
 
 
-def scientific(value: Any) -> Any:
-    """The number that YAML 1.1 takes for a text, as 1e-5 or 1.5e3; in a mapping each of them."""
+def numeric(value: Any) -> Any:
+    """The number in a text: in quotes, or in a form YAML 1.1 takes for one, as 1e-5, 1.5e3 or -.5.
+
+    In a list or mapping each of them.
+    """
     if isinstance(value, dict):
-        return {key: scientific(item) for key, item in value.items()}
-    return float(value) if isinstance(value, str) and SCIENTIFIC.fullmatch(value) else value
+        return {key: numeric(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [numeric(item) for item in value]
+    if not isinstance(value, str) or not NUMBER.fullmatch(value):
+        return value
+    return int(value) if re.fullmatch(r"[-+]?[\d_]+", value) else float(value)
 
 
 def _locate(location: str, info: ValidationInfo) -> str:
@@ -68,13 +75,43 @@ def _locate(location: str, info: ValidationInfo) -> str:
 Location = Annotated[str, AfterValidator(_locate)]
 
 
+def _same(one: Any, other: Any, info: ValidationInfo) -> bool:
+    """Whether two locations, as they are written, are one place."""
+
+    def place(location: Any) -> Any:
+        with suppress(ValueError):
+            return _place(_locate(location, info)) if isinstance(location, str) else location
+        return location
+
+    return place(one) == place(other)
+
+
+def _place(location: str) -> str:
+    """One text for all spellings of a place: a folder's path, a hub id's case, or its @main."""
+    if URL.fullmatch(location):
+        return location.rstrip("/")
+    folder = Path(location).expanduser()
+    if HUB_ID.fullmatch(location) and not folder.exists():
+        repository, _, revision = location.partition("@")
+        return repository.casefold() + f"@{revision}" * (revision not in ("", "main"))
+    return os.path.realpath(folder)
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    @field_validator("parameters", "method_options", mode="before", check_fields=False)
+    @field_validator(
+        *("parameters", "method_options", "seed", "scaling_coefficients"),
+        *("validation_samples", "test_samples"),
+        mode="before",
+        check_fields=False,
+    )
     @classmethod
-    def _numbers(cls, value: Any) -> Any:
-        return scientific(value)
+    def _numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        parts = value if isinstance(value, list) else [value]
+        if any(isinstance(part, bool) for part in parts):  # which is a number in Python
+            raise ValueError(f"{value!r}: a number is expected")
+        return numeric(value)
 
 
 class Expert(_Strict):
@@ -129,8 +166,10 @@ class Recipe(_Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _translated(cls, content: Any) -> Any:
-        return mergekit.translate(content) if isinstance(content, dict) else content
+    def _translated(cls, content: Any, info: ValidationInfo) -> Any:
+        if not isinstance(content, dict):
+            return content
+        return mergekit.translate(content, partial(_same, info=info))
 
     @field_validator("name")
     @classmethod
@@ -186,9 +225,10 @@ class Recipe(_Strict):
         return mergekit.method_options(method, self.parameters, beside, own)
 
     def _experts(self) -> list[Expert]:
+        base = _place(self.base_model)
         if self.merge_method != "weight_average":
-            return [entry for entry in self.models if entry.model != self.base_model]
-        listed = any(entry.model == self.base_model for entry in self.models)
+            return [entry for entry in self.models if _place(entry.model) != base]
+        listed = any(_place(entry.model) == base for entry in self.models)
         counts = "weight" in self.parameters and not listed  # for one weight of all there are
         return self.models + [Expert(model=self.base_model, name="base_model")] * counts
 
@@ -209,7 +249,7 @@ def read_recipe(path: str | Path) -> Recipe:
     """The same without a look at the values of methods' options, which saves torch's import."""
     path = Path(path)
     try:
-        content = _parse(path.read_text(encoding="utf-8"))
+        content = parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(
             f"{path}: cannot be read ({error.strerror}); a recipe is a YAML file"
@@ -238,8 +278,12 @@ def _check_methods(path: str | Path, recipe: Recipe, check: Callable[..., None])
             raise RecipeError(f"{path}: {error}{beside}") from error
 
 
-def _parse(text: str) -> Any:
-    """What `yaml.safe_load` gives. Raises `ValueError` for aliases that grow out of bounds."""
+def parse(text: str) -> Any:
+    """What `yaml.safe_load` gives, where it is what the text says.
+
+    Raises `ValueError` for a key given twice, for numbers that YAML 1.1 reads in another base than
+    people do, and for aliases that grow out of bounds.
+    """
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
@@ -256,11 +300,32 @@ def _size(node: yaml.Node, sizes: dict[yaml.Node, int]) -> int:
     """Values that a node stands for, those behind aliases counted each time."""
     if node not in sizes:
         sizes[node] = MAX_NODES + 1  # what a node that contains itself sees
+        _check_said_once(node)
         children = node.value if isinstance(node, yaml.CollectionNode) else ()
         if isinstance(node, yaml.MappingNode):
             children = [part for pair in node.value for part in pair]
         sizes[node] = 1 + sum(_size(child, sizes) for child in children)
     return sizes[node]
+
+
+def _check_said_once(node: yaml.Node) -> None:
+    """Raise `ValueError` for a key of which PyYAML takes the last, and for 010, which is 8 to it.
+
+    Likewise for 1:30, which is 90.
+    """
+    keys = [key for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+    seen: dict[tuple[str, Any], int] = {}
+    for key in keys:
+        name, line = (key.tag, str(key.value)), key.start_mark.line + 1
+        if name in seen:
+            raise ValueError(f"lines {seen[name]} and {line}: {key.value} is given twice; keep one")
+        seen[name] = line
+    octal = node.tag.endswith(":int") and re.match(r"[-+]?0[\d_]", node.value)
+    if octal or node.tag.endswith((":int", ":float")) and ":" in node.value:
+        raise ValueError(
+            f"line {node.start_mark.line + 1}: {node.value} is a number in base 8 or 60 to YAML; "
+            "write it in base 10, or a name in quotes"
+        )
 
 
 def _explain(problem: dict[str, Any]) -> str:

@@ -31,7 +31,7 @@ from optmerge_core.runtime import parse_device
 from optmerge_core.study import mergekit
 from optmerge_core.study.index_page import write_index
 from optmerge_core.study.open import open_study, settings_in_memory
-from optmerge_core.study.recipe import Recipe, load_recipe, scientific
+from optmerge_core.study.recipe import Recipe, load_recipe, numeric, parse
 from optmerge_core.task_vectors.stack import TaskVectors
 
 NAME = "tablexx_sweep"
@@ -75,9 +75,11 @@ def parse_axes(texts: Iterable[str]) -> dict[str, list[Any]]:
         if name in axes:
             raise ValueError(f"--sweep {name}: given twice; write all values after one {name}=")
         try:
-            axes[name] = [scientific(yaml.safe_load(part)) for part in parts]
+            axes[name] = [numeric(parse(part)) for part in parts]
         except yaml.YAMLError as error:
             raise ValueError(f"--sweep {text!r}: not values YAML can read") from error
+        except ValueError as error:
+            raise ValueError(f"--sweep {text!r}: {error}") from error
     return axes
 
 

@@ -247,3 +247,118 @@ def test_files_that_are_no_recipe(tmp_path, content):
         load_recipe(tmp_path / "bad.yaml")
     with pytest.raises(RecipeError, match="cannot be read"):
         load_recipe(tmp_path / "missing.yaml")
+
+
+# What YAML makes of a text, and what the text says
+
+
+def text_of(path, line):
+    """The recipe with one more line in its parameters."""
+    path.write_text(path.read_text() + f"parameters:\n  {line}\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("0.5", 0.5), (".5", 0.5), ("-.5", -0.5), ("+.5", 0.5), ("5e-1", 0.5), ("5E-1", 0.5),
+        ("1e-3", 0.001), ("1.0e+3", 1000), ("1.e3", 1000), ("1_000", 1000), ("1_000.5", 1000.5),
+        ("1_0e2", 1000), ('"0.3"', 0.3), ("'2'", 2), ("0x10", 16), ("01.5", 1.5), ("+1", 1),
+        ("2.", 2), ("-0", 0),
+    ],
+)  # fmt: skip
+def test_a_number_in_any_form_is_that_number(write, text, value):
+    recipe = load_recipe(text_of(write(), f"lambda: {text}"))
+    assert recipe.scaling_coefficient == value
+    path = write(scaling_coefficients=["LATER"])
+    path.write_text(path.read_text().replace("LATER", text))
+    assert load_recipe(path).scaling_coefficients == [value]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("010", "line 7: 010 is a number in base 8 or 60 to YAML; write it in base 10"),
+        ("1:30", "line 7: 1:30 is a number in base 8 or 60"),
+        (".inf", "lambda inf: one finite number is expected"),
+        ("-.INF", "lambda -inf: one finite number"),
+        (".nan", "lambda nan: one finite number"),
+        ("infinity", "lambda 'infinity': one finite number"),
+        ("0o10", "lambda '0o10': one finite number"),
+        ("1,5", "lambda '1,5': one finite number"),
+        ("1.5.2", "lambda '1.5.2': one finite number"),
+        ("50%", "lambda '50%': one finite number"),
+        ("yes", "lambda True: one finite number"),
+        ("", "lambda None: one finite number"),
+        ("2026-01-01", "lambda .*: one finite number"),
+    ],
+)
+def test_what_is_no_number_or_two_is_an_error(write, text, message):
+    path = text_of(write(), f"lambda: {text}")
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("key", ["seed", "scaling_coefficients"])
+def test_yes_is_not_one(write, key):
+    value = [True, 0.5] if key == "scaling_coefficients" else True
+    with pytest.raises(RecipeError, match=f"{key}: .*True.*: a number is expected"):
+        load_recipe(write(**{key: value}))
+    assert load_recipe(write(seed="1e3")).seed == 1000
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nseed: 1\n", "lines 6 and 7: seed is given twice; keep one"),
+        ("parameters: {density: 0.2, density: 0.3}\n", "lines 6 and 6: density is given twice"),
+        ('"seed": 1\nseed: 2\n', "seed is given twice"),
+        ("evaluation:\n  references:\n    a: base\n    b: base\n    a: base\n", "a is given twice"),
+    ],
+)
+def test_a_key_given_twice_is_an_error(write, text, message):
+    path = write()
+    path.write_text(path.read_text() + text)
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(path)
+
+
+def test_a_mapping_may_take_from_another_and_say_otherwise(write):
+    path = write(models=None)
+    path.write_text(
+        path.read_text() + "models:\n- {model: experts/ocr, parameters: &a {weight: 1, density: 1}}"
+        "\n- {model: experts/vqa, parameters: {<<: *a, weight: 2}}\n"
+    )
+    assert load_recipe(path).options()["weights"] == [1, 2]
+
+
+@pytest.mark.parametrize("spelling", ["./base", "base/", "experts/../base", "link", "ABSOLUTE"])
+def test_the_base_is_known_by_any_spelling_of_its_folder(write, tmp_path, spelling):
+    study = tmp_path / "study"
+    (study / "link").symlink_to("base")
+    spelling = str(study / "base") if spelling == "ABSOLUTE" else spelling
+    ocr, vqa = {"model": "experts/ocr"}, {"model": f"{spelling}+experts/vqa"}
+    for base, listed in (("base", spelling), (spelling, "base")):
+        recipe = load_recipe(write(base_model=base, models=[{"model": listed}, ocr, vqa]))
+        assert list(recipe.experts) == ["ocr", "vqa"]
+        assert recipe.base_model == os.path.join("..", "study", "base")
+    assert load_recipe(write(tokenizer_source=spelling)).base_model == recipe.base_model
+    both = {"tokenizer_source": "base", "tokenizer": {"source": "base"}}
+    with pytest.raises(RecipeError, match="tokenizer and tokenizer_source are both given"):
+        load_recipe(write(**both))
+
+
+@pytest.mark.parametrize(
+    ("base", "listed", "same"),
+    [
+        ("owner/Base", "owner/base", True),
+        ("owner/base", "Owner/Base@main", True),
+        ("owner/base@v1", "OWNER/base@v1", True),
+        ("owner/base@v1", "owner/base", False),
+        ("owner/base@v1", "owner/base@V1", False),
+        ("https://host/base", "https://host/base/", True),
+    ],
+)
+def test_the_base_is_known_by_any_spelling_of_its_hub_id(write, base, listed, same):
+    recipe = load_recipe(write(base_model=base, models=[{"model": listed}, {"model": "ocr"}]))
+    assert len(recipe.experts) == 1 + (not same)

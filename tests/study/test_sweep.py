@@ -45,6 +45,9 @@ def test_axes():
             parse_axes([text])
     with pytest.raises(ValueError, match="--sweep lambda: given twice"):
         parse_axes(["lambda=1", "lambda=2"])
+    with pytest.raises(ValueError, match="--sweep 'lambda=1,010': line 1: 010 is a number in base"):
+        parse_axes(["lambda=1,010"])
+    assert parse_axes(["lambda=-.5,1_0"]) == {"lambda": [-0.5, 10]}
 
 
 def test_the_product_over_recipes_with_each_recipes_own_where_no_axis_is(recipe):
