@@ -163,6 +163,26 @@ def ties(task_vectors: Tensor, density: float = 0.2) -> Tensor:
     return torch.tensor(merged, dtype=task_vectors.dtype).view(task_vectors.shape[1:])
 
 
+def ties_by_count(task_vectors: Tensor, densities, weights=None, normalize=True) -> Tensor:
+    """mergekit's TIES, one entry at a time: of equal magnitudes the first in memory are kept."""
+    experts = len(task_vectors)
+    flat = task_vectors.reshape(experts, -1).tolist()
+    size, weights = len(flat[0]), weights or [1.0] * experts
+    trimmed = []
+    for expert, density, weight in zip(flat, densities, weights, strict=True):
+        order = sorted(range(size), key=lambda j, expert=expert: (-abs(expert[j]), j))
+        kept = set(order[: max(1, int(density * size))])
+        trimmed.append([weight * x if j in kept else 0.0 for j, x in enumerate(expert)])
+    merged = []
+    for j in range(size):
+        values = [(weight, expert[j]) for weight, expert in zip(weights, trimmed, strict=True)]
+        direction = 1 if sum(x for _, x in values) >= 0 else -1
+        agreeing = [(weight, x) for weight, x in values if x * direction > 0]
+        share = sum(weight for weight, _ in agreeing) if normalize else 1
+        merged.append(sum(x for _, x in agreeing) / (share or 1))
+    return torch.tensor(merged, dtype=task_vectors.dtype).view(task_vectors.shape[1:])
+
+
 def tsv(task_vectors: Tensor) -> Tensor:
     experts, rows, columns = task_vectors.shape
     rank = max(min(rows, columns) // experts, 1)

@@ -25,7 +25,7 @@ from optmerge_core.merging.checks import (
 )
 from optmerge_core.merging.report import Record, record_of
 from optmerge_core.methods.dare import dare
-from optmerge_core.methods.registry import METHODS, merge_blocks, merges_in_blocks
+from optmerge_core.methods.registry import IN_BLOCKS, METHODS, merge_blocks
 from optmerge_core.runtime import in_order, parse_device
 from optmerge_core.task_vectors.stack import Part, TaskVectors, apply, derive_seed, pinned
 
@@ -59,10 +59,10 @@ class ParameterMerger:
         self.base, self.experts, self.sources, self.dtypes = base, experts, sources, dtypes
         self.scaling_coefficient, self.device, self.averaged = scaling_coefficient, device, averaged
         self.task_vectors = TaskVectors(base, experts, dict.fromkeys(sources.values()), device)
-        self.method, self.options, self.seed, trim = method, dict(options), seed, "tensor"
+        self.method, self.options, self.seed = method, dict(options), seed
         if thresholds is not None:
-            self.options["thresholds"], trim = thresholds.to(device), "model"
-        self.in_blocks = device.type == "cpu" and merges_in_blocks(method, options, trim)
+            self.options["thresholds"] = thresholds.to(device)
+        self.in_blocks = device.type == "cpu" and method in IN_BLOCKS
 
     def results(self, names: Iterable[str]) -> Iterator[Merged]:
         """Each parameter's result, in their order. Raises `NotFinite` for NaN and Inf in an input.

@@ -6,10 +6,10 @@ in its own dtype, and only a block of it is in float32 at any moment.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from optmerge_core.methods.contract import Stack
@@ -49,42 +49,65 @@ class Blocks(Iterable[Tensor]):
         return (self.read(place) for place in self.places())
 
 
-def kth_smallest(blocks: Blocks, k: Sequence[int]) -> Float[Tensor, " experts"]:
+class Ranked(NamedTuple):
+    """A magnitude of each expert, (experts,), and how many of its entries are smaller and equal."""
+
+    values: Tensor
+    smaller: list[int]
+    equal: list[int]
+
+
+def kth_smallest(blocks: Blocks, k: Sequence[int]) -> Ranked:
     """The k-th smallest magnitude of each expert, exactly; k (experts,), 1 for the smallest.
 
     A sample brackets it with a margin of five standard deviations; one pass counts what is below
-    and collects what is inside. In half precision so many entries are equal that both ends are
-    often one number: then counting is enough. Should the sample have misled, all of an expert's
-    entries are looked at. Returns (experts,).
+    and at the ends and collects what lies between. In half precision so many entries are equal that
+    it is often one of the ends. Should the sample have misled, all of an expert's entries are
+    looked at.
     """
     if not blocks.entries:
-        return torch.zeros(len(k))
+        return Ranked(torch.zeros(len(k)), [0] * len(k), [0] * len(k))
     stride = max(1, blocks.entries // SAMPLE) | 1  # odd, as rows are seldom
     sample = blocks.read(slice(0, blocks.entries, stride)).abs()
     if sample.is_cuda:
         whole = blocks.read(slice(0, blocks.entries)).abs()
-        return torch.stack([row.kthvalue(n).values for row, n in zip(whole, k, strict=True)])
+        values = torch.stack([row.kthvalue(n).values for row, n in zip(whole, k, strict=True)])
+        less, same = (f(whole, values[:, None]).sum(dim=1) for f in (torch.lt, torch.eq))
+        return Ranked(values, less.tolist(), same.tolist())
     drawn = sample.numpy()
     ends = [_bracket(row, rank / blocks.entries) for row, rank in zip(drawn, k, strict=True)]
-    below, upto = np.zeros((2, len(k)), int)
-    inside: list[list[np.ndarray]] = [[] for _ in k]
+    counts = np.zeros((3, len(k)), int)  # of what is below the ends, up to their least and most
+    between: list[list[np.ndarray]] = [[] for _ in k]
     for block in blocks:
         for expert, row in enumerate(block.abs().numpy()):  # numpy compares faster than torch
             least, most = ends[expert]
-            small, large = row < least, row > most
-            below[expert] += np.count_nonzero(small)
-            upto[expert] += len(row) - np.count_nonzero(large)
+            upto = row <= least
+            counts[:, expert] += [np.count_nonzero(x) for x in (row < least, upto, row <= most)]
             if least < most:
-                inside[expert].append(row[~(small | large)])
-    values = []
-    for expert, rank in enumerate(k):
-        found, place = np.array([ends[expert][0]], drawn.dtype), 0
-        if not below[expert] < rank <= upto[expert]:
-            found, place = torch.cat([x[expert].abs() for x in blocks]).numpy(), rank - 1
-        elif inside[expert]:
-            found, place = np.concatenate(inside[expert]), rank - below[expert] - 1
-        values.append(np.partition(found, place)[place])
-    return torch.from_numpy(np.array(values))
+                between[expert].append(row[(row < most) & ~upto])
+    found = []
+    for expert, (rank, (least, most)) in enumerate(zip(k, ends, strict=True)):
+        under, first, last = counts[:, expert].tolist()
+        inside = np.concatenate([drawn[0, :0], *between[expert]])
+        if under < rank <= first:
+            found.append((least, under, first - under))
+        elif first < rank <= first + len(inside):
+            found.append(_ranked(inside, rank, first))
+        elif first + len(inside) < rank <= last:
+            found.append((most, first + len(inside), last - first - len(inside)))
+        else:
+            whole = torch.cat([block[expert].abs() for block in blocks])
+            found.append(_ranked(whole.numpy(), rank, 0))
+    magnitudes, below, equal = zip(*found, strict=True)
+    return Ranked(torch.from_numpy(np.array(magnitudes, drawn.dtype)), list(below), list(equal))
+
+
+def _ranked(entries: np.ndarray, rank: int, before: int) -> tuple[float, int, int]:
+    """The value of that rank among these and `before` smaller ones; how many are smaller, equal."""
+    place = rank - before - 1
+    value = np.partition(entries, place)[place]
+    smaller, equal = (int(np.count_nonzero(f(entries, value))) for f in (np.less, np.equal))
+    return float(value), before + smaller, equal
 
 
 def _bracket(sample: np.ndarray, share: float) -> tuple[float, float]:

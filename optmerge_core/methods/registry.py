@@ -16,19 +16,15 @@ from optmerge_core.methods.blocks import Blocks, MergedBlock
 from optmerge_core.methods.contract import Method, check_option_names
 from optmerge_core.methods.ties import ties_blocks
 
-
-def merges_in_blocks(method: str, options: Mapping[str, Any], trim: str = "tensor") -> bool:
-    """Whether `merge_blocks` can do what `METHODS[method]` does with these options."""
-    if method == "ties":
-        return options.get("rule") != "mergekit" or trim == "model"
-    return method in ("weight_average", "task_arithmetic")
+IN_BLOCKS = ("weight_average", "task_arithmetic", "ties")
+"""The methods that `merge_blocks` has."""
 
 
 def merge_blocks(method: str, blocks: Blocks, **options: Any) -> Iterator[MergedBlock]:
     """(entries, block, merged entries), the values of `METHODS[method]`, block by block.
 
-    Some entries may come once more at the end, without their block. For what `merges_in_blocks`,
-    with checked options.
+    Some entries may come once more at the end, without their block. For those `IN_BLOCKS`, with
+    checked options.
     """
     if method == "ties":
         yield from ties_blocks(blocks, **options)

@@ -1,13 +1,16 @@
 """TIES merging: trim, elect a sign, average what agrees (arXiv 2306.01708)."""
 
+import math
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
-from optmerge_core.methods.blocks import BLOCK, Blocks, MergedBlock, kth_smallest
+from optmerge_core.methods.blocks import Blocks, MergedBlock, kth_smallest
 from optmerge_core.methods.contract import (
     Share,
     Stack,
@@ -34,33 +37,55 @@ def ties_blocks(
     more at the end, by their numbers and without a block.
     """
     if thresholds is None:
-        thresholds = trim_thresholds(blocks, density)
+        thresholds, left = trim(blocks, density, rule)
+    else:
+        left = [math.inf] * len(thresholds)
     factors = None
     if weights is not None:
         factors = thresholds.new_tensor(per_expert("weights", weights, len(thresholds)))[:, None]
-    # hardshrink keeps what is larger than its limit, in a fifth of the time that masks take.
-    limits = thresholds.nextafter(thresholds.new_zeros(())).tolist()
-    balance, drawn = thresholds.new_zeros(()), []
+    limits, balance, drawn = thresholds.tolist(), thresholds.new_zeros(()), []
 
     def trimmed(block: Tensor) -> Tensor:
-        kept = [hardshrink(row, limit) for row, limit in zip(block, limits, strict=True)]
-        return torch.stack(kept) if factors is None else torch.stack(kept) * factors
+        rows = []
+        for expert, (row, limit) in enumerate(zip(block, limits, strict=True)):
+            kept, left[expert] = _largest(row, limit, left[expert])
+            rows.append(kept)
+        return torch.stack(rows) if factors is None else torch.stack(rows) * factors
 
     for entries in blocks.places():
         block = blocks.read(entries)
         kept = trimmed(block)
-        signs = kept.sum(dim=0).sign()
-        if rule == "mergekit":
-            signs = torch.where(signs == 0, 1, signs)
-        balance += signs.sum()
+        sums = kept.sum(dim=0)
+        positive = torch.ones_like(sums)
+        signs = sums.sign() if rule == "released" else positive.copysign(sums.add_(0.0))  # -0: +
         yield entries, block, _mean_of_sign(kept, signs, factors, normalize)
-        cancelled = ((signs == 0) & (kept.amax(dim=0) > 0)).nonzero()[:, 0]
-        if len(cancelled):
-            drawn.append((entries, cancelled))
+        if rule == "released":
+            balance += signs.sum()
+            cancelled = (signs.numpy() == 0) & (kept.amax(dim=0).numpy() > 0)
+            if cancelled.any():
+                drawn.append((entries, torch.from_numpy(cancelled.nonzero()[0])))
     for entries, cancelled in drawn:
         kept = trimmed(blocks.read(entries)[:, cancelled])
         merged = _mean_of_sign(kept, balance.sign(), factors, normalize)
         yield entries.start + cancelled, None, merged
+
+
+def _largest(row: Tensor, limit: float, left: float) -> tuple[Tensor, float]:
+    """0 for all but the entries above the limit and the first `left` that are equal to it.
+
+    Returns how many equal ones are left to keep in the rows that follow, too.
+    """
+    # hardshrink keeps what is larger than its limit, in a fifth of the time that masks take.
+    if not left:
+        return hardshrink(row, limit), left
+    equal = np.abs(row.numpy()) == limit if left < math.inf else np.zeros(0, bool)
+    if (found := int(np.count_nonzero(equal))) > left:
+        places = torch.from_numpy(equal.nonzero()[0][: int(left)])
+        kept = hardshrink(row, limit)
+        kept[places] = row[places]
+        return kept, 0
+    below = row.new_tensor(limit).nextafter(row.new_zeros(()))
+    return hardshrink(row, below.item()), left - found
 
 
 def _mean_of_sign(
@@ -74,10 +99,11 @@ def _mean_of_sign(
     total = agreeing.sum(dim=0) * signs
     if not normalize:
         return total
+    agreeing = agreeing.sign_()
     if weights is None:
-        return total.div_(agreeing.sign_().sum(dim=0).clamp_(min=1))
-    share = ((agreeing > 0) * weights).sum(dim=0)
-    return total / torch.where(share == 0, 1, share)
+        return total.div_(agreeing.sum(dim=0).clamp_(min=1))
+    share = agreeing.mul_(weights).sum(dim=0)
+    return total.div_(share.masked_fill_(share == 0, 1))
 
 
 @merge_method()
@@ -104,61 +130,60 @@ def ties(
     What mergekit can do besides: a density for each expert; `weights` times which the trimmed task
     vectors are from step 2 on (the average of step 3 is then a weighted one); their sum in step 3
     instead, without `normalize`; and with `rule="mergekit"` exactly int(density·size) entries of an
-    expert, at least one, are kept (`keep_largest`), and the sign of a sum of 0 is +.
+    expert, at least one, are kept, and the sign of a sum of 0 is +. Of entries whose magnitude is
+    the threshold, that many are kept which are first in memory; in mergekit it is its sort that
+    chooses, which differs between devices.
     """
     check_choice("rule", rule, ("released", "mergekit"))
     check_choice("normalize", normalize, (True, False))
-    if thresholds is None and rule == "mergekit":
-        task_vectors = keep_largest(task_vectors, density)
-        thresholds = task_vectors.new_zeros(len(task_vectors))
-    elif thresholds is None:
-        thresholds = trim_thresholds(task_vectors, density)
-    if thresholds.shape != task_vectors.shape[:1]:
+    if thresholds is not None and thresholds.shape != task_vectors.shape[:1]:
         raise ValueError(
             f"thresholds have shape {tuple(thresholds.shape)}; "
             f"there must be one for each of the {len(task_vectors)} experts"
         )
-    if task_vectors.is_cuda and weights is None and normalize and rule == "released":
+    blocks, limits = Blocks.of(task_vectors), thresholds
+    if limits is not None:
+        limits = limits.to(task_vectors)
+    options: dict[str, Any] = {"weights": weights, "normalize": normalize, "rule": rule}
+    if task_vectors.is_cuda:
         from optmerge_core.methods import kernels
 
-        return kernels.ties(task_vectors, thresholds)
-    blocks = Blocks.of(task_vectors, BLOCK << (9 * task_vectors.is_cuda))
+        limits, left = (limits, None) if limits is not None else trim(blocks, density, rule)
+        return kernels.ties(task_vectors, limits, left, **options)
     merged = task_vectors.new_empty(blocks.entries)
-    limits = thresholds.to(task_vectors)
-    found = ties_blocks(blocks, thresholds=limits, weights=weights, normalize=normalize, rule=rule)
-    for entries, _, result in found:
+    for entries, _, result in ties_blocks(blocks, density=density, thresholds=limits, **options):
         merged[entries] = result
     return merged.view(task_vectors.shape[1:])
 
 
-def trim_thresholds(task_vectors: Stack | Blocks, density: Share) -> Float[Tensor, " experts"]:
+def trim_thresholds(task_vectors: Stack, density: Share) -> Float[Tensor, " experts"]:
     """The magnitude an expert's entries must reach to be kept: (experts, *shape) -> (experts,).
 
     The k-th smallest magnitude with k = int((1 − density)·size), so that slightly more than the
     share `density` is kept, ties included; 0, which keeps everything, when k is 0. A sequence holds
     a density for each expert.
     """
-    blocks = task_vectors if isinstance(task_vectors, Blocks) else Blocks.of(task_vectors)
-    experts = len(blocks.read(slice(0, 0)))
-    densities = per_expert("density", density, experts)
+    return trim(Blocks.of(task_vectors), density, "released")[0]
+
+
+def trim(
+    blocks: Blocks, density: Share, rule: str
+) -> tuple[Float[Tensor, " experts"], list[float]]:
+    """The thresholds (experts,), and how many entries of that magnitude are kept: inf for all."""
+    none = blocks.read(slice(0, 0))
+    densities, size = per_expert("density", density, len(none)), blocks.entries
     for share in densities:
         check_share("density", share)
-    k = [int((1 - share) * blocks.entries) for share in densities]
-    thresholds = kth_smallest(blocks, [max(n, 1) for n in k])
-    return thresholds.where(torch.tensor(k, device=thresholds.device) > 0, 0)
-
-
-def keep_largest(task_vectors: Stack, density: Share) -> Stack:
-    """Task vectors with 0 for all but an expert's int(density·size) largest entries, at least one.
-
-    (experts, *shape) -> the same shape: mergekit's count, one or two entries fewer than those that
-    reach `trim_thresholds`. Of entries of equal size it is sorting that chooses, as in mergekit.
-    """
-    kept = torch.zeros_like(task_vectors)
-    shares = per_expert("density", density, len(task_vectors))
-    for source, target, share in zip(task_vectors, kept, shares, strict=True):
-        check_share("density", share)
-        flat = source.flatten()
-        largest = flat.abs().argsort(descending=True)[: max(1, int(share * flat.numel()))]
-        target.view(-1)[largest] = flat[largest]
-    return kept
+    if rule == "released":
+        k = [int((1 - share) * size) for share in densities]
+    else:
+        kept = [max(1, int(share * size)) for share in densities]
+        k = [0 if n >= size else size - n + 1 for n in kept]
+    left = [math.inf] * len(k)
+    if not any(k):
+        return none.new_zeros(len(k)), left
+    values, smaller, equal = kth_smallest(blocks, [max(n, 1) for n in k])
+    for expert, rank in enumerate(k):
+        if rule == "mergekit" and rank - 1 > smaller[expert]:
+            left[expert] = smaller[expert] + equal[expert] - rank + 1
+    return values.where(torch.tensor(k, device=values.device) > 0, 0), left

@@ -45,7 +45,7 @@ def test_what_dare_drops_stays_that_of_the_first_version():
         ("optmerge", {"steps": 1}, 30),
         ("dare_ties", {}, 30),
         ("ties", {}, 1),
-        ("ties", {"rule": "mergekit"}, 30),
+        ("ties", {"rule": "mergekit"}, 1),
         ("weight_average", {}, 1),
     ],
 )

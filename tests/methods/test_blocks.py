@@ -6,7 +6,7 @@ import torch
 
 from optmerge_core import METHODS, merge
 from optmerge_core.methods.blocks import Blocks, kth_smallest
-from optmerge_core.methods.registry import merge_blocks, merges_in_blocks
+from optmerge_core.methods.registry import IN_BLOCKS, merge_blocks
 
 
 def stacks():
@@ -39,9 +39,11 @@ def test_the_kth_smallest_is_that_of_sorting(name, sample, monkeypatch):
     ordered = np.sort(stack.flatten(1).abs().numpy(), axis=1)
     size = ordered.shape[1]
     for k in {1, 2, size // 5, size // 2, int(0.8 * size), size - 1, size} & {*range(1, size + 1)}:
-        found = kth_smallest(Blocks.of(stack, 512), [k] * len(stack))
+        found, smaller, equal = kth_smallest(Blocks.of(stack, 512), [k] * len(stack))
         np.testing.assert_array_equal(found.numpy(), ordered[:, k - 1])
         assert found.dtype == stack.dtype
+        assert smaller == (ordered < ordered[:, k - 1 : k]).sum(1).tolist()
+        assert equal == (ordered == ordered[:, k - 1 : k]).sum(1).tolist()
 
 
 def test_a_sample_that_misleads(monkeypatch):
@@ -51,7 +53,7 @@ def test_a_sample_that_misleads(monkeypatch):
     numbers[:, :: 10_000 // 100 | 1] += 1
     ordered = numbers.sort(dim=1).values
     for k in (100, 5000, 9900):
-        assert kth_smallest(Blocks.of(numbers, 300), [k]) == ordered[0, k - 1]
+        assert kth_smallest(Blocks.of(numbers, 300), [k]).values == ordered[0, k - 1]
 
 
 @pytest.mark.parametrize("name", STACKS)
@@ -64,6 +66,8 @@ def test_a_sample_that_misleads(monkeypatch):
         ("ties", {"density": 0.3}),
         ("ties", {"density": 0.3, "weights": True}),
         ("ties", {"density": 1.0, "normalize": False}),
+        ("ties", {"density": 0.3, "rule": "mergekit"}),
+        ("ties", {"density": 0.6, "rule": "mergekit", "weights": True}),
     ],
 )
 def test_blocks_of_any_size_give_the_same_bits(name, method, options):
@@ -88,18 +92,18 @@ def test_an_expert_without_a_threshold_is_an_error_and_not_left_out():
 
 
 def test_only_what_is_entrywise_merges_in_blocks():
-    assert {m for m in METHODS if merges_in_blocks(m, {})} == {
-        "weight_average", "task_arithmetic", "ties"
-    }  # fmt: skip
-    assert not merges_in_blocks("ties", {"rule": "mergekit"})
+    assert set(IN_BLOCKS) == {"weight_average", "task_arithmetic", "ties"} < set(METHODS)
 
 
-@pytest.mark.parametrize("method", ["weight_average", "task_arithmetic", "ties"])
-def test_a_merge_in_small_blocks_writes_the_same_bytes(tiny, tmp_path, monkeypatch, method):
-    merge(tiny.base, tiny.experts, tmp_path / "large", method=method, scaling_coefficient=0.7)
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("weight_average", {}), ("task_arithmetic", {}), ("ties", {}), ("ties", {"rule": "mergekit"})],
+)
+def test_small_blocks_write_the_same_bytes(tiny, tmp_path, monkeypatch, method, options):
+    chosen = {"method": method, "method_options": options, "scaling_coefficient": 0.7}
+    merge(tiny.base, tiny.experts, tmp_path / "large", **chosen)
     monkeypatch.setattr(Blocks.__init__, "__defaults__", (50,))
-    merge(tiny.base, tiny.experts, tmp_path / "small", method=method,
-          scaling_coefficient=0.7)  # fmt: skip
+    merge(tiny.base, tiny.experts, tmp_path / "small", **chosen)
     files = sorted(path.name for path in (tmp_path / "large").glob("*.safetensors"))
     assert files
     for file in files:

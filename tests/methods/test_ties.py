@@ -7,8 +7,9 @@ from cases import randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from optmerge_core.methods.blocks import Blocks
 from optmerge_core.methods.registry import METHODS
-from optmerge_core.methods.ties import ties, trim_thresholds
+from optmerge_core.methods.ties import ties, ties_blocks, trim_thresholds
 
 
 def test_ties_by_hand():
@@ -64,9 +65,62 @@ def test_ties_trims_tensors_too_large_for_torch_quantile():
 @pytest.mark.parametrize("size", [1, 6, 40])
 def test_ties_in_blocks_equals_ties_entry_by_entry(monkeypatch, size):
     """Small whole numbers: many experts cancel exactly, so blocks are gone through twice."""
-    monkeypatch.setattr("optmerge_core.methods.ties.BLOCK", 6)
+    monkeypatch.setattr(Blocks.of.__func__, "__defaults__", (6,))
     stack = torch.randint(-2, 3, (4, size), generator=torch.Generator().manual_seed(size)).float()
     for density in (0.2, 0.6, 1.0):
         expected = reference.ties(stack, density)
         assert torch.equal(METHODS["ties"](stack, density=density), expected)
         assert torch.equal(METHODS["ties"](-stack, density=density), -expected)
+
+
+# mergekit's rule: so many entries, not all that reach a threshold
+
+
+def test_of_equal_magnitudes_the_first_in_memory_are_kept():
+    """int(0.5·6) = 3 of the first: the 5 and of the four 3s two; of the second its three 1s."""
+    task_vectors = torch.tensor([[3.0, -3, 5, 0, 3, -3], [0, 0, 1, 0, -1, -1]])
+    merged = ties(task_vectors, density=0.5, rule="mergekit")
+    assert merged.tolist() == [3, -3, 3, 0, -1, -1]  # the third: (5 + 1) / 2
+    one = ties(task_vectors[:1].flip(1), density=0.5, rule="mergekit")
+    assert one.tolist() == [-3, 3, 0, 5, 0, 0]
+
+
+@given(
+    integers=st.lists(st.lists(st.integers(-3, 3), min_size=9, max_size=9), min_size=1, max_size=4),
+    size=st.integers(1, 9),
+    weighted=st.booleans(),
+    normalize=st.booleans(),
+    block=st.sampled_from([1, 2, 5, 100]),
+    data=st.data(),
+)
+@settings(max_examples=300, deadline=None)
+def test_mergekits_rule_equals_the_reference(integers, size, weighted, normalize, block, data):
+    """Draws at the threshold, zeros, and experts that cancel, in one block or across several."""
+    stack = torch.tensor(integers, dtype=torch.float64)[:, :size]
+    shares = st.sampled_from([0.01, 0.2, 0.34, 0.5, 0.8, 1.0])
+    densities = [data.draw(shares) for _ in stack]
+    weights = [data.draw(st.sampled_from([0.25, 1.0, -0.5])) for _ in stack] if weighted else None
+    expected = reference.ties_by_count(stack, densities, weights, normalize)
+    options = {"density": densities, "weights": weights, "normalize": normalize, "rule": "mergekit"}
+    torch.testing.assert_close(ties(stack, **options), expected, rtol=1e-12, atol=1e-12)
+    merged = torch.full_like(expected, torch.nan)
+    for entries, _, result in ties_blocks(Blocks.of(stack, block), **options):
+        merged[entries] = result
+    torch.testing.assert_close(merged, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("sample", [8, 1 << 16])
+@pytest.mark.parametrize("half", [False, True])
+def test_mergekits_rule_keeps_its_count_of_every_expert(monkeypatch, sample, half):
+    """Whether equal entries are many, one, or end a block; zeros count, but do not show."""
+    monkeypatch.setattr("optmerge_core.methods.blocks.SAMPLE", sample)
+    stack = randn(1, 50, 40).bfloat16().float() if half else randn(1, 50, 40)
+    stack[0, :10] = 0
+    for density in (0.0001, 0.01, 0.2, 0.5, 0.79, 0.8, 0.81, 1.0):
+        count = max(1, int(density * 2000))
+        order = stack.flatten().abs().argsort(descending=True, stable=True)
+        expected = torch.zeros(2000)
+        expected[order[:count]] = stack.flatten()[order[:count]]
+        merged = ties(stack, density=density, rule="mergekit")
+        assert (merged != 0).sum() == min(count, 1600)
+        assert torch.equal(merged.flatten(), expected)
