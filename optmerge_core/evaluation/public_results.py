@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import warnings
 from collections.abc import Iterable
@@ -31,8 +32,9 @@ def read_results(paths: str | Path | Iterable[str | Path]) -> pd.DataFrame:
     """The scores in result files of lmms-eval and VLMEvalKit, each recognised by its form.
 
     `paths`: files, or folders searched with all their subfolders. Columns: model, benchmark (the
-    paper's column), value (per cent), metric, differs (empty where it is what the paper measures,
-    else how it is not), file. Other benchmarks' files in a folder are left out with a warning.
+    paper's column), value (per cent; NaN where the file has an empty or another text in its place),
+    metric, differs (empty where it is what the paper measures, else how it is not), file. Other
+    benchmarks' files in a folder are left out with a warning.
     Raises `ValueError`, naming the file, for one that cannot be read, for a value out of range, for
     two values of the same thing, and if nothing is found.
     """
@@ -94,7 +96,9 @@ def remarks(results: pd.DataFrame, table: str = "2") -> list[str]:
         here = rows[rows["benchmark"].isin(columns(table))]
         found = set(here["benchmark"][here["differs"] == ""])
         for row in here.itertuples():
-            if row.benchmark not in found:
+            if math.isnan(row.value):
+                lines.append(f"{model}: {row.benchmark} {row.differs} ({row.file})")
+            elif row.benchmark not in found:
                 lines.append(f"{model}: {row.benchmark} {row.value:.2f} {row.differs} ({row.file})")
         absent = [name for name in columns(table) if name not in found]
         if absent:
@@ -151,8 +155,10 @@ def _read_lmms_eval(path: Path, content: dict[str, Any]) -> tuple[list[dict[str,
             key: value
             for wanted in (metric, OLD_METRICS.get(metric))
             for key, value in scores.items()
-            if key.partition(",")[0] == wanted and value is not None
+            if key.partition(",")[0] == wanted
         }
+        # What is empty stays only where nothing else is there.
+        found = {key: x for key, x in found.items() if not math.isnan(_number(x))} or found
         if len(found) > 1:  # several filters of the answers: the one that changes nothing
             found = {key: value for key, value in found.items() if key.endswith(",none")}
         if len(found) != 1:
@@ -197,32 +203,42 @@ def _read_vlmevalkit(path: Path, content: Any, model: str, dataset: str) -> list
         elif len(values) != 1:
             raise ValueError(f"{path}: {len(values)} rows where one is expected")
         scale = 100 if benchmark.dataset_class in SHARES else 1
-        scores = [_row(path, model, name, x, scale, score, "")["value"] for x in values]
+        scores = [_row(path, model, name, x, scale, score, "") for x in values]
         measure = f"{score}, mean of {len(scores)} parts" if len(scores) > 1 else score
-        rows.append(_row(path, model, name, sum(scores) / len(scores), 1, measure, ""))
+        mean = sum(row["value"] for row in scores) / len(scores)
+        missing = next((row["differs"] for row in scores if row["differs"]), "")
+        rows.append(scores[0] | {"value": mean, "metric": measure, "differs": missing})
     return rows
 
 
 def _row(
     path: Path, model: str, benchmark: str, value: Any, scale: float, metric: str, differs: str
 ) -> dict[str, Any]:
-    """One row of `read_results`. Raises `ValueError` for a value that is no share or percentage."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = float("nan")
-    if not 0 <= number * scale <= 100 + 1e-9:
+    """One row of `read_results`. Raises `ValueError` for a number that is no share or per cent."""
+    number = _number(value) * scale
+    if math.isnan(number):
+        found = "empty" if value is None or isinstance(value, float) else repr(value)
+        differs = f"is missing: {metric} is {found}"
+    elif not 0 <= number <= 100 + 1e-9:
         raise ValueError(
             f"{path}: {benchmark}: {metric} is {value}, not a number from 0 to {100 / scale:g}"
         )
     return {
         "model": model,
         "benchmark": benchmark,
-        "value": number * scale,
+        "value": number,
         "metric": metric,
         "differs": differs,
         "file": str(path),
     }
+
+
+def _number(value: Any) -> float:
+    """NaN for what is none, be it empty, a text or a truth."""
+    try:
+        return math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def _limited(content: dict[str, Any], task: str) -> str:

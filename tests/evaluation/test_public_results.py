@@ -255,8 +255,6 @@ def test_other_benchmarks_in_a_folder_are_a_notice(everything):
         ("results.json", '{"results": {"gqa": 0.5}}', "gqa has no scores by metric"),
         ("results.json", '{"results": {"gqa": {"acc,none": 0.5}}}', "no single exact_match"),
         ("results.json", '{"results": {"gqa": {"exact_match,none": 61.2}}}', "from 0 to 1"),
-        ("results.json", '{"results": {"gqa": {"exact_match,none": "N/A"}}}', "from 0 to 1"),
-        ("results.json", '{"results": {"gqa": {"exact_match,none": NaN}}}', "from 0 to 1"),
         ("results.json", '{"results": {"mme": {"score,none": 1}}}', "none of the paper's.*mme"),
         ("other.json", "[1]", "none of the paper's benchmarks"),
         ("m_VizWiz_acc.csv", '"Overall"\n"140"\n', "from 0 to 100"),
@@ -273,6 +271,50 @@ def test_errors_name_the_file(tmp_path, name, text, message):
     with pytest.raises(ValueError, match=message) as caught:
         read_results(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (None, "empty"),
+        (math.nan, "empty"),
+        ("N/A", "'N/A'"),
+        ("", "''"),
+        (True, "True"),
+        ([], "[]"),
+    ],
+)
+def test_a_metric_without_a_number_is_missing_and_the_rest_is_there(tmp_path, value, found):
+    path = lmms_eval(
+        tmp_path,
+        {
+            "vizwiz_vqa_val": {"exact_match,none": value},
+            "gqa": {"exact_match,none": 0.5, "exact_match,strict": value},
+        },
+    )
+    results = read_results(path)
+    assert values(results) == pytest.approx({"VizWiz": math.nan, "GQA": 50}, nan_ok=True)
+    table = beside_paper(results)
+    assert math.isnan(table.loc["merged", "VizWiz"]) and table.loc["merged", "GQA"] == 50
+    first, second = remarks(results)
+    assert first == f"merged: VizWiz is missing: exact_match,none is {found} ({path})"
+    assert second.startswith("merged: missing VizWiz, MathVista") and "GQA" not in second
+
+
+@pytest.mark.parametrize("cell", ["", "N/A", "failed"])
+def test_a_part_without_a_number_leaves_its_benchmark_missing(everything, tmp_path, cell):
+    run = tmp_path / "results" / "merged" / "T20260110_G01234567"
+    vlmevalkit(run, "merged_VizWiz_acc.csv", f'"split","Overall"\n"none","{cell}"\n')
+    text = MATH_VISION.replace(
+        "metric geometry - area,19,10.0", f"metric geometry - area,19,{cell}"
+    )
+    vlmevalkit(run, "merged_MathVision_MINI_gpt-4o-mini_score.csv", text)
+    results = read_results(everything)
+    missing = results[results["value"].isna()]
+    assert set(missing["benchmark"]) == {"VizWiz", "MATH-Vision"} and len(results) == 10
+    assert all(missing["differs"].str.match("is missing: (Overall|acc) is (empty|'failed')$"))
+    assert beside_paper(results, "3").loc["merged", "GQA"] == 61
+    assert remarks(results, "3")[-1] == "merged: missing VizWiz, MATH-Vision, so no average"
 
 
 def test_nothing_to_read(tmp_path):
