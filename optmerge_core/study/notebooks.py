@@ -192,7 +192,15 @@ def _execute(notebook: Path, copy: Path, parameters: dict[str, Any]) -> None:
     """Run one notebook; `copy` exists afterwards only if every cell has run without an error."""
     with extra("notebooks"):
         import papermill  # takes a second
+        from ipykernel.kernelspec import get_kernel_dict
+        from jupyter_client.kernelspec import KernelSpec
+        from jupyter_client.manager import AsyncKernelManager
         from traitlets.config import Config
+
+    class ThisInterpreter(AsyncKernelManager):
+        """A kernel that is this Python, whatever kernels of the same name are installed where."""
+
+        kernel_spec = property(lambda self: KernelSpec(resource_dir="", **get_kernel_dict()))
 
     partial = copy.with_suffix(".partial.ipynb")
     failed = copy.with_suffix(".failed.ipynb")
@@ -204,6 +212,7 @@ def _execute(notebook: Path, copy: Path, parameters: dict[str, Any]) -> None:
             partial,
             parameters,
             kernel_name="python3",
+            kernel_manager_class=ThisInterpreter,
             language="python",
             progress_bar={"desc": notebook.stem, "leave": False},
             cwd=notebook.parent,

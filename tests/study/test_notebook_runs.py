@@ -73,6 +73,21 @@ def test_order_parameters_folders_and_skipping(study, capsys):
     assert [entry[0] for entry in log_of(study / "out" / "figures")][2:] == ["01_second"]
 
 
+def test_notebooks_run_with_this_interpreter_whatever_python3_is_elsewhere(
+    study, tmp_path, monkeypatch
+):
+    """A kernel of that name comes first in Jupyter's path: another Python's, which would fail."""
+    foreign = tmp_path / "foreign" / "kernels" / "python3"
+    foreign.mkdir(parents=True)
+    argv = [sys.executable, "-c", "raise SystemExit('another Python')", "{connection_file}"]
+    spec = {"argv": argv, "display_name": "foreign", "language": "python", "env": {"FOREIGN": "1"}}
+    (foreign / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "foreign"))
+    write_notebook(study / "notebooks", "00_first", "import os\nassert 'FOREIGN' not in os.environ")
+    run("study.yaml", "out", "cpu", "notebooks")
+    assert {entry[-1] for entry in log_of(study / "out" / "figures")} == {sys.executable}
+
+
 @pytest.fixture
 def instant(monkeypatch):
     """papermill replaced by a copy of the notebook, for tests of what runs; a list of the names."""
