@@ -7,6 +7,7 @@ Weights are safetensors files; where there are none, pickles that hold plain ten
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from torch import Tensor
 
 from optmerge_core.checkpoints import URL
 from optmerge_core.checkpoints.formats import (
+    ADAPTER_CONFIG,
     CheckpointError,
     Entry,
     read_header,
     read_json,
     weight_files,
 )
+from optmerge_core.checkpoints.names import PREFIX, unwrapped
 from optmerge_core.checkpoints.pickles import Pickle
 from optmerge_core.checkpoints.weights import Weights
 
@@ -53,7 +56,6 @@ class Checkpoint(Weights):
         names, index = weight_files(place, self.folder, present, adapter)
         self.files = [self.folder / name for name in names]
         self._entries: dict[str, tuple[str, tuple[int, ...], torch.dtype, int]] = {}
-        self._names = self._entries
         self._sha256: dict[str, str] = {}
         for file in names:
             for name, shape, dtype, start in self._read_header(file):
@@ -69,6 +71,23 @@ class Checkpoint(Weights):
                     f"{place}: tensor {name!r} is not in {file}, where the index says it is; "
                     "download or save the checkpoint again"
                 )
+        empty = [n for n in self._entries if n.endswith("weight") and self._entries[n][1] == (0,)]
+        if empty:
+            raise CheckpointError(
+                f"{place}: {len(empty)} of {len(self._entries)} tensors are empty ({empty[0]}), as "
+                "DeepSpeed ZeRO-3 leaves them; gather them with zero_to_fp32.py, or save again "
+                "with stage3_gather_16bit_weights_on_model_save"
+            )
+        if self.is_adapter:
+            self._names = self._own = {name: name for name in self._entries}
+            return
+        self._names = self._own = plain_names(place, self._entries)
+        if ADAPTER_CONFIG in present:
+            warnings.warn(
+                f"{place} holds an adapter ({ADAPTER_CONFIG}) beside whole weights, which are "
+                "taken; to give the adapter, put it into a folder of its own",
+                stacklevel=2,
+            )
 
     def _read_header(self, file: str) -> list[Entry]:
         path = self.folder / file
@@ -82,6 +101,7 @@ class Checkpoint(Weights):
             raise CheckpointError(f"{path} cannot be read ({error}); copy it again") from error
 
     def __getitem__(self, name: str) -> Tensor:
+        name = self._own[name]
         file = self._entries[name][0]
         if file in self._pickles:
             return self._pickles[file].read(name)
@@ -106,11 +126,14 @@ class Checkpoint(Weights):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a parameter, from the header: no weights are read."""
-        return self._entries[name][1]
+        return self._entries[self._own[name]][1]
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of a parameter, from the header: no weights are read."""
-        return self._entries[name][2]
+        return self._entries[self._own[name]][2]
+
+    def own_name(self, name: str) -> str:
+        return self._own[name]
 
     def config(self) -> dict[str, Any]:
         path = self.folder / "config.json"
@@ -134,3 +157,22 @@ class Checkpoint(Weights):
                 with open(path, "rb") as stream:
                     self._sha256[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
         return dict(self._sha256)
+
+
+def plain_names(place: str, names: Collection[str]) -> dict[str, str]:
+    """Name -> what it is called here, of a whole model without training's wrappers (`unwrapped`).
+
+    Raises `CheckpointError` for a PEFT model's weights with the factors still beside them.
+    """
+    factors = [n for n in names if ".lora_" in n and (n.endswith(".default.weight") or PREFIX in n)]
+    if factors:
+        raise CheckpointError(
+            f"{place} is a PEFT model with its adapter unmerged ({factors[0]}); give what "
+            "merge_and_unload() makes of it, or the adapter as PEFT's save_pretrained(...) saves it"
+        )
+    own = {name: own for own, name in unwrapped(names).items()}
+    if len(own) < len(names):
+        raise CheckpointError(
+            f"{place}: the same tensors with and without a wrapper's name; save the model again"
+        )
+    return own

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Collection
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -15,10 +16,37 @@ from optmerge_core.checkpoints import HUB_ID
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 ADAPTER_NAME = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 FORMATS = {
     ".safetensors": (SINGLE_NAME, ADAPTER_NAME, INDEX_NAME),
     ".bin": ("pytorch_model.bin", "adapter_model.bin", "pytorch_model.bin.index.json"),
 }  # suffix -> names of a single file, of an adapter, of the index; in order of preference
+OTHERS = {
+    ".safetensors": re.compile(r"(?!optimizer|scheduler)[^/]*\.safetensors"),
+    ".bin": re.compile(r"pytorch_model(?:_fsdp|-\d+-of-\d+)\.bin"),
+}  # suffix -> weights without a known name or index
+SHARD = re.compile(r"-\d{1,9}-of-(\d{1,9})\.")
+WEIGHTS_BELOW = re.compile(r"(.+)/[^/]*model[^/]*\.(?:safetensors|bin)")
+OTHER_KINDS = {
+    r"\.gguf$": "llama.cpp's format; give the Hugging Face folder that it was made from",
+    r"(?:^|/)zero_to_fp32\.py$|(?:model|optim)_states\.pt$": (
+        "DeepSpeed's training state; run `python zero_to_fp32.py . whole` in the folder that has "
+        "zero_to_fp32.py, and give the folder of these weights with the model's config.json"
+    ),
+    r"\.distcp$": (
+        "FSDP's training state; run `accelerate merge-weights` on the folder of these files, and "
+        "give the folder of its output with the model's config.json"
+    ),
+    r"^consolidated.*\.pth$": (
+        "the authors' own format; give the model's Hugging Face folder, or make it with "
+        "transformers' convert_..._weights_to_hf.py"
+    ),
+    r"\.ckpt$": "Lightning's; load the model from it and save it with save_pretrained(...)",
+    r"^(?:training_args|optimizer|scheduler|rng_state|trainer_state)\b": (
+        "what a training run keeps beside its weights; give the folder where these were saved"
+    ),
+}
+"""files that tell what a folder without weights is -> what that is, and what to give"""
 SIDE_PATTERNS = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py"]
 PICKLE_PATTERNS = ["pytorch_model*.bin", "adapter_model.bin"]
 STORED_DTYPES = {
@@ -61,30 +89,50 @@ def weight_files(
     """The weight files of a folder and the index to check them against, if it has one.
 
     In transformers' order: the single file, the files of the index, whatever other safetensors are
-    there; then the same for pickles.
+    there; then the same for pickles. An adapter's are taken only where there is none of these.
     """
-    for suffix, (single, adapter_name, index_name) in FORMATS.items():
-        for name in (single, *([adapter_name] if adapter else [])):
-            if name in present:
-                return [name], {}
-        index = read_index(folder / index_name, place) if index_name in present else {}
-        files = sorted(set(index.values())) or [adapter_name] * (adapter_name in present)
-        if not files and suffix == ".safetensors":
-            files = sorted(name for name in present if name.endswith(suffix))
-        if adapter_name in files:
-            raise CheckpointError(f"{place} is a PEFT adapter, where a whole model is needed")
+    adapters = [name for _, name, _ in FORMATS.values() if name in present]
+    for suffix, (single, _, index_name) in FORMATS.items():
+        files, index = [single], dict[str, str]()
+        if single not in present and index_name in present:
+            index = read_index(folder / index_name, place)
+            files = sorted(set(index.values()))
+        elif single not in present:
+            files = [] if adapters else sorted(n for n in present if OTHERS[suffix].fullmatch(n))
         for file in files:
             if file not in present:
                 raise CheckpointError(
                     f"{place}/{file}: missing shard, named in {index_name}; download or copy it "
                     "again"
                 )
+        numbered = SHARD.search(files[0]) if files and not index else None
+        if numbered and len(files) < int(numbered[1]):
+            raise CheckpointError(
+                f"{place}: {len(files)} of {int(numbered[1])} shards ({files[0]}, …), and no "
+                f"{index_name}; download or copy the checkpoint again"
+            )
         if files:
             return files, index
+    if adapters and not adapter:
+        raise CheckpointError(f"{place} is a PEFT adapter, where a whole model is needed")
+    return adapters[:1] or _no_weights(place, folder, present), {}
+
+
+def _no_weights(place: str, folder: Path, present: Collection[str]) -> NoReturn:
+    """Raise the `CheckpointError` that says what a folder is instead, and what to give."""
+    inner = (path for pattern in ("*/*", "*/*/*") for path in folder.glob(pattern))
+    names = {*present, *(path.relative_to(folder).as_posix() for path in inner)}
+    below = {match[1] for match in map(WEIGHTS_BELOW.fullmatch, names) if match}
+    if below:
+        some = ", ".join(sorted(below, key=lambda name: (len(name), name))[:5])
+        raise CheckpointError(f"{place}: no weights here, but further down; give one of: {some}")
+    for pattern, text in OTHER_KINDS.items():
+        if found := sorted(name for name in names if re.search(pattern, name)):
+            raise CheckpointError(f"{place}: no safetensors weights, but {found[0]}: {text}")
     others = sorted(name for name in present if name.endswith((".bin", ".pt", ".pth")))
-    found = f"and no other weights with a known name ({others[0]})" if others else "nor any other"
+    also = f"and no other weights with a known name ({others[0]})" if others else "nor any other"
     raise CheckpointError(
-        f"{place}: no safetensors weights, {found}; convert the model to safetensors with "
+        f"{place}: no safetensors weights, {also}; convert the model to safetensors with "
         "from_pretrained(...).save_pretrained(...)"
     )
 
@@ -117,9 +165,12 @@ def read_json(path: Path, shown: str | None = None) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"{shown} cannot be read ({error}); give a file that can") from error
+        raise CheckpointError(
+            f"{shown} cannot be read ({error}); put it there, or give a file that can"
+        ) from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{shown}: not valid JSON ({error}); download it again") from error
+        problem = f"not valid JSON ({error})" if path.stat().st_size else "an empty file"
+        raise CheckpointError(f"{shown}: {problem}; download it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{shown}: a JSON object is expected; download it again")
     return content

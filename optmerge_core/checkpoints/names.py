@@ -11,6 +11,9 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 
 HALVES = {"model", "language_model", "text_model", "vision_model"}
+WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+"""of torch.compile, FSDP, activation checkpointing and Lightning, anywhere in a name"""
+PREFIX = "base_model.model."  # what PEFT puts before a module's path
 TOWER = re.compile(
     r"vision|visual|(?:^|[._])(?:vit|[va]pm\.)|image|img|clip|siglip|dino|audio|speech|video"
     r"|projector|connector"
@@ -34,6 +37,21 @@ def bare(name: str) -> str:
     `model.language_model.layers.0…` or `model.layers.0…` for the same module.
     """
     return ".".join(word for word in name.split(".") if word not in HALVES)
+
+
+def unwrapped(names: Collection[str]) -> dict[str, str]:
+    """A whole model's names -> the same without what training puts around it or its modules."""
+    found = {n: ".".join(word for word in n.split(".") if word not in WRAPPERS) for n in names}
+
+    def without(prefix: str) -> bool:
+        return bool(found) and all(name.startswith(prefix) for name in found.values())
+
+    while without("module."):  # DistributedDataParallel, DeepSpeed
+        found = {own: name.removeprefix("module.") for own, name in found.items()}
+    if without(PREFIX):
+        plain = (name.removeprefix(PREFIX).replace(".base_layer.", ".") for name in found.values())
+        found = dict(zip(found, plain, strict=True))
+    return found
 
 
 def other_names(ours: Collection[str], theirs: Collection[str]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from optmerge_core.checkpoints import URL
 from optmerge_core.checkpoints.adapters import Adapter
-from optmerge_core.checkpoints.folder import Checkpoint
+from optmerge_core.checkpoints.folder import Checkpoint, plain_names
 from optmerge_core.checkpoints.formats import (
     PICKLE_PATTERNS,
     SIDE_PATTERNS,
@@ -18,7 +18,7 @@ from optmerge_core.checkpoints.formats import (
     parse_hub_id,
 )
 from optmerge_core.checkpoints.names import other_names
-from optmerge_core.checkpoints.weights import Renamed, Weights, as_weights
+from optmerge_core.checkpoints.weights import IN_MEMORY, Renamed, Weights, as_weights
 
 
 def open_expert(
@@ -27,7 +27,8 @@ def open_expert(
     """An expert of `base`: a whole checkpoint or a PEFT LoRA adapter (see `open_checkpoint`), or a
     model or state dict in memory.
 
-    Weights with other names for the base's parameters (`names.other_names`) get these.
+    Weights with other names for the base's parameters (`names.other_names`) get these; wrappers of
+    training (`names.unwrapped`) are no part of a name.
     """
     if isinstance(expert, str | Path):
         checkpoint = open_checkpoint(expert, adapter=True, stream=stream)
@@ -36,6 +37,7 @@ def open_expert(
         opened: Weights = checkpoint
     else:
         opened = as_weights(expert)
+        opened = Renamed(opened, plain_names(IN_MEMORY, opened))
     ours = {theirs: ours for ours, theirs in other_names(base, opened).items()}
     return Renamed(opened, {ours.get(name, name): name for name in opened}) if ours else opened
 
@@ -50,6 +52,8 @@ def open_checkpoint(
     that the cache lacks stay on the hub and are read tensor by tensor, and `location` can also be
     the URL of a checkpoint's folder on a web server. Raises `CheckpointError`.
     """
+    if not str(location).strip():
+        raise CheckpointError("an empty path, where a checkpoint's folder or hub id is needed")
     folder = Path(location).expanduser()
     if folder.is_dir():
         if revision is not None:

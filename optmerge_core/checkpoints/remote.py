@@ -84,7 +84,7 @@ class RemoteCheckpoint(Checkpoint):
         return read_header(first, lambda n: remote.read(8, 8 + n), remote.size, remote.url)
 
     def __getitem__(self, name: str) -> Tensor:
-        file, shape, dtype, start = self._entries[name]
+        file, shape, dtype, start = self._entries[self._own[name]]
         data = self._remote[file].read(start, start + self.nbytes(name), self.on_bytes)
         if not data:
             return torch.empty(shape, dtype=dtype)
@@ -117,9 +117,8 @@ def open_hub(repo_id: str, revision: str | None, adapter: bool) -> Checkpoint:
     except (OSError, ValueError, httpx.HTTPError) as error:
         raise hub_error(repo_id, revision, error) from error
     files = {file.rfilename: file for file in info.siblings or []}
-    present = {name for name in files if "/" not in name}
     source = hf_hub_url(repo_id, "", revision=info.sha).rstrip("/")
-    weights, _ = weight_files(source, folder, present, adapter)
+    weights, _ = weight_files(source, folder, files, adapter)
     if all((folder / name).is_file() for name in weights):
         return Checkpoint(folder, info.sha, adapter)
     headers = build_hf_headers()
@@ -147,7 +146,8 @@ def open_url(url: str, adapter: bool) -> RemoteCheckpoint:
     folder = Path(tempfile.mkdtemp(prefix="optmerge_"))
     try:
         _fetch_side_files(url, folder)
-        candidates = (SINGLE_NAME, *([ADAPTER_NAME] if adapter else []))
+        sharded = (folder / INDEX_NAME).exists()
+        candidates = (SINGLE_NAME, *([ADAPTER_NAME] if adapter and not sharded else []))
         for name in candidates:
             try:
                 files = {name: RemoteFile(f"{url}/{name}")}
@@ -156,7 +156,7 @@ def open_url(url: str, adapter: bool) -> RemoteCheckpoint:
             except NotThere as error:
                 reason = error
         else:
-            if not (folder / INDEX_NAME).exists():
+            if not sharded:
                 raise CheckpointError(
                     f"{url}: no {' or '.join((*candidates, INDEX_NAME))} there ({reason})"
                 )

@@ -19,7 +19,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from optmerge_core.checkpoints.formats import INDEX_NAME, SINGLE_NAME, CheckpointError
+from optmerge_core.checkpoints.formats import (
+    ADAPTER_CONFIG,
+    INDEX_NAME,
+    SINGLE_NAME,
+    CheckpointError,
+)
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
 
@@ -298,13 +303,13 @@ def _occupied(path: Path) -> bool:
 
 
 def side_files(folder: str | Path) -> list[Path]:
-    """The files of a checkpoint folder that are not weights, their index or a note on a merge.
+    """The files of a folder that are not weights, their index, an adapter or a note on a merge.
 
     Raises `CheckpointError` for a link that leads out of the folder (and of the hub cache's
     repository it is in): a published merge must not carry whatever such a link points to.
     """
     folder = Path(folder)
-    skipped = {"README.md", "merge_report.json"}
+    skipped = {"README.md", "merge_report.json", ADAPTER_CONFIG}
     files = sorted(
         path
         for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*.jinja"))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from optmerge_core.checkpoints import HUB_ID
-from optmerge_core.checkpoints.formats import dtype_name
+from optmerge_core.checkpoints.formats import CheckpointError, dtype_name
 from optmerge_core.checkpoints.names import is_embeddings, is_head
 from optmerge_core.checkpoints.open import open_checkpoint, open_expert
 from optmerge_core.checkpoints.weights import Weights
@@ -45,12 +45,25 @@ def open_models(
     Raises `ValueError` (`CheckpointError` for files) for experts that are none of this base.
     """
     base = open_checkpoint(base_model, stream=stream)
+    check_config(base, family is not None or scope == "all")
     opened = {name: open_expert(expert, base, stream) for name, expert in experts.items()}
     model_type = family or base.config().get("model_type")
     tied = tied_head(base) if scope == "all" else {}
     names = [name for name in mergeable(base.shapes(), model_type, scope) if name not in tied]
     names = check_experts(base, opened, names, model_type)
     return Opened(base, opened, names, tied, model_type)
+
+
+def check_config(base: Weights, known: bool) -> None:
+    """Refuse weights without a config.json, or warn where it is known what merges."""
+    if not base.config():
+        text = (
+            f"{base.folder}: config.json is missing or empty, which says what model this is; copy "
+            "it from the model it was trained from"
+        )
+        if not known:
+            raise CheckpointError(text)
+        notice(f"{text}, or the merged model does not open")
 
 
 @dataclass

@@ -7,12 +7,15 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from lora import tiny_model
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from optmerge_core.checkpoints import pickles
 from optmerge_core.checkpoints.formats import INDEX_NAME, CheckpointError
 from optmerge_core.checkpoints.open import open_checkpoint, open_expert
+from optmerge_core.checkpoints.weights import as_weights
 from optmerge_core.checkpoints.writer import CheckpointWriter, parse_size, side_files
 
 TENSORS = {
@@ -106,6 +109,7 @@ def test_damaged_folders_are_refused_with_file_and_remedy(sharded, tmp_path):
     damaged(f"{first}: truncated or not", lambda f: (f / first).write_bytes(b"\xff" * 64))
     damaged(f"{first}: truncated or not", lambda f: (f / first).write_bytes(b""))
     damaged(f"{INDEX_NAME}: not valid JSON", lambda f: (f / INDEX_NAME).write_text("{"))
+    damaged(f"{INDEX_NAME}: an empty file; down", lambda f: (f / INDEX_NAME).write_text(""))
     damaged(f"{INDEX_NAME}: a JSON object", lambda f: (f / INDEX_NAME).write_text("[]"))
     damaged(f"{INDEX_NAME}: no weight_map", lambda f: (f / INDEX_NAME).write_text("{}"))
 
@@ -114,12 +118,152 @@ def test_folders_without_weights_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no safetensors weights"):
         open_checkpoint(tmp_path)
     torch.save({}, tmp_path / "training_args.bin")
-    with pytest.raises(CheckpointError, match=r"known name \(training_args.bin\); convert"):
+    with pytest.raises(CheckpointError, match=r"training_args.bin: what a training run keeps"):
         open_checkpoint(tmp_path)
     for suffix in ("bin", "safetensors"):
         (tmp_path / f"adapter_model.{suffix}").write_bytes(b"")
         with pytest.raises(CheckpointError, match="PEFT adapter"):
             open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "text"),
+    [
+        (["model.Q4_K_M.gguf"], "model.Q4_K_M.gguf: llama.cpp's format; give the Hugging Face"),
+        (["latest", "zero_to_fp32.py", "global_step9/mp_rank_00_model_states.pt"], "DeepSpeed's"),
+        (["bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"], "run `python zero_to_fp32.py"),
+        (["pytorch_model_fsdp_0/__0_0.distcp", "optimizer.bin"], "FSDP's training state; run `acc"),
+        (["consolidated.00.pth", "params.json"], "the authors' own format; give the model's Hugg"),
+        (["epoch=1-step=10.ckpt"], "Lightning's; load the model from it"),
+        (
+            ["optimizer.safetensors", "scheduler.bin"],
+            "what a training run keeps beside its weights",
+        ),
+        (["trainer_state.json", "training_args.bin"], "give the folder where these were saved"),
+        (["final/model.safetensors", "runs/events.1"], "no weights here, .*; give one of: final$"),
+        (["config.json", "merged/pytorch_model.bin"], "; give one of: merged$"),
+        (
+            [
+                *(f"checkpoint-{n}00/adapter_model.safetensors" for n in (10, 5)),
+                "training_args.bin",
+            ],
+            "; give one of: checkpoint-500, checkpoint-1000$",
+        ),
+        (["v0/checkpoint-5/model-00001-of-00002.safetensors"], "; give one of: v0/checkpoint-5$"),
+        (
+            ["model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"],
+            r"2 of 3 shards \(model-00001-of-00003.safetensors, …\), and no model.safetensors",
+        ),
+        (["pytorch_model-00002-of-00002.bin"], "1 of 2 shards .*, and no pytorch_model.bin.index"),
+        (["weights.pt"], r"and no other weights with a known name \(weights.pt\); convert"),
+    ],
+)
+def test_a_folder_given_by_mistake_says_what_it_is_and_what_to_give(tmp_path, files, text):
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    for adapter in (False, True):
+        with pytest.raises(CheckpointError, match=f"^{tmp_path}: .*{text}"):
+            open_checkpoint(tmp_path, adapter=adapter)
+
+
+def test_an_empty_path_is_not_the_folder_one_is_in(sharded, monkeypatch):
+    monkeypatch.chdir(sharded)
+    for path in ("", " "):
+        with pytest.raises(CheckpointError, match="an empty path, where .* hub id is needed"):
+            open_checkpoint(path)
+    assert same(open_checkpoint("."), TENSORS)
+
+
+def test_shards_without_an_index_are_read_if_all_are_there(tmp_path):
+    for number, name in enumerate(TENSORS, 1):
+        torch.save({name: TENSORS[name]}, tmp_path / f"pytorch_model-0000{number}-of-00003.bin")
+    assert same(open_checkpoint(tmp_path), TENSORS)
+    for number, name in enumerate(TENSORS, 1):
+        save_file({name: TENSORS[name]}, tmp_path / f"model-0000{number}-of-00003.safetensors")
+    assert same(open_checkpoint(tmp_path), TENSORS)
+    assert all(path.suffix == ".safetensors" for path in open_checkpoint(tmp_path).files)
+
+
+@pytest.mark.parametrize("kind", ["single", "shards", "pickle"])
+def test_whole_weights_are_taken_before_an_adapter_and_it_is_said(sharded, tmp_path, kind):
+    folder = sharded if kind == "shards" else tmp_path / kind
+    folder.mkdir(exist_ok=True)
+    if kind == "single":
+        save_file(TENSORS, folder / "model.safetensors")
+    if kind == "pickle":
+        torch.save(TENSORS, folder / "pytorch_model.bin")
+    save_file(
+        {"base_model.model.x.lora_A.weight": TENSORS["b"]}, folder / "adapter_model.safetensors"
+    )
+    (folder / "adapter_config.json").write_text("{}")
+    for adapter in (False, True):
+        with pytest.warns(match=f"{folder} holds an adapter .*beside whole weights, which are tak"):
+            checkpoint = open_checkpoint(folder, adapter=adapter)
+        assert same(checkpoint, TENSORS) and not checkpoint.is_adapter
+    assert "adapter_config.json" not in {path.name for path in side_files(folder)}
+
+
+WRAPPED = [
+    "module.{}", "_orig_mod.{}", "module._orig_mod.{}", "_orig_mod.module.module.{}",
+    "_fsdp_wrapped_module.{}", "_forward_module.{}", "base_model.model.{}",
+    "module.base_model.model.{}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrapped", WRAPPED)
+@pytest.mark.parametrize("pickled", [True, False])
+def test_the_names_of_wrappers_are_no_part_of_a_whole_model_s(tmp_path, wrapped, pickled):
+    tensors = {wrapped.format(name): tensor for name, tensor in TENSORS.items()}
+    if pickled:
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
+    else:
+        save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    assert same(checkpoint, TENSORS) and checkpoint.shape("b") == (2, 3)
+    assert checkpoint.dtype("a") == torch.bfloat16 and checkpoint.nbytes("a") == 10
+    assert checkpoint.own_name("b") == wrapped.format("b")
+    assert same(open_expert(tensors, checkpoint), TENSORS)  # the same in memory
+
+
+def test_a_wrapper_s_name_within_and_one_that_is_not_around_all(tmp_path):
+    inner = {
+        "layers.0._checkpoint_wrapped_module.up.weight": TENSORS["b"],
+        "module.x": TENSORS["a"],
+    }
+    save_file(inner, tmp_path / "model.safetensors")
+    assert list(open_checkpoint(tmp_path)) == ["layers.0.up.weight", "module.x"]
+    save_file({"a": TENSORS["b"], "_orig_mod.a": TENSORS["a"]}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="same tensors with and without a wrapper's name"):
+        open_checkpoint(tmp_path)
+
+
+def test_peft_s_whole_state_is_read_merged_and_refused_unmerged(tmp_path):
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["up_proj"]))
+    plain = tiny_model().state_dict()
+    state = {n: t for n, t in model.state_dict().items() if "lora_" not in n}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    assert same(open_checkpoint(tmp_path), plain)
+    for unmerged in (model.state_dict(), model.base_model.model.state_dict(), model):
+        if unmerged is not model:
+            torch.save(unmerged, tmp_path / "pytorch_model.bin")
+            with pytest.raises(CheckpointError, match=f"{tmp_path} is a PEFT model .* unmerged"):
+                open_checkpoint(tmp_path)
+        with pytest.raises(CheckpointError, match="a model in memory is a PEFT .*merge_and_unload"):
+            open_expert(unmerged, as_weights(plain))
+    # Phi-4-multimodal's own weights have factors: those of its modalities.
+    own = {f"layers.0.up.{n}.weight": TENSORS["b"] for n in ("base_layer", "lora_A.vision")}
+    torch.save(own, tmp_path / "pytorch_model.bin")
+    assert same(open_checkpoint(tmp_path), own)
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_what_zero_3_leaves_empty(tmp_path, adapter):
+    name = "base_model.model.x.lora_A.weight" if adapter else "model.norm.weight"
+    file = "adapter_model.safetensors" if adapter else "model.safetensors"
+    save_file({name: torch.ones(0), "model.x.bias": torch.ones(0)}, tmp_path / file)
+    with pytest.raises(CheckpointError, match=rf"1 of 2 tensors are empty \({name}\), as DeepSp"):
+        open_checkpoint(tmp_path, adapter=True)
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -573,3 +573,58 @@ def test_an_expert_under_other_names_is_the_same_expert(tmp_path, scope):
     merged, expected = whole(out), whole(tmp_path / "o")
     assert merged.keys() == expected.keys()
     assert all(torch.equal(merged[name], expected[name]) for name in expected)
+
+
+def qwen2(folder, change=0.0, wrapped="{}"):
+    """A tiny model's folder, its weights moved, their names as a wrapper of training has them."""
+    model = build("qwen2")
+    for parameter in model.parameters():
+        parameter.data.add_(change)
+    model.save_pretrained(folder)
+    state = whole(folder)
+    save_file({wrapped.format(n): t for n, t in state.items()}, folder / WEIGHTS, {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("wrapped", ["module.{}", "_orig_mod.{}", "base_model.model.{}"])
+def test_wrappers_of_training_change_nothing(tmp_path, wrapped):
+    plain, out = qwen2(tmp_path / "base"), tmp_path / "out"
+    expert = qwen2(tmp_path / "plain", 0.01)
+    merge(plain, {"e": expert}, tmp_path / "expected", method="ties")
+    with pytest.warns(match=rf"expert e has other names .*\({wrapped.format('')}\S+ for "):
+        merge(plain, {"e": qwen2(tmp_path / "e", 0.01, wrapped)}, out, method="ties")
+    merge(qwen2(tmp_path / "b", 0, wrapped), {"e": expert}, tmp_path / "from", method="ties")
+    for folder in (out, tmp_path / "from"):
+        merged, expected = whole(folder), whole(tmp_path / "expected")
+        assert merged.keys() == expected.keys()
+        assert all(torch.equal(merged[name], expected[name]) for name in expected)
+
+
+def test_a_base_that_also_holds_an_adapter_gives_a_model_that_opens(tmp_path):
+    base, expert, out = qwen2(tmp_path / "base"), qwen2(tmp_path / "expert", 0.01), tmp_path / "out"
+    get_peft_model(build("qwen2"), LoraConfig(target_modules=["up_proj"])).save_pretrained(base)
+    with pytest.warns(match=f"{base} holds an adapter .* beside whole weights, which are taken"):
+        merge(base, {"e": expert}, out, method="task_arithmetic", scope="all")
+    model, info = Qwen2ForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()) and not (out / "adapter_config.json").exists()
+    torch.testing.assert_close(model.state_dict()[Q], whole(expert)[Q])
+
+
+@pytest.mark.parametrize("content", [None, "", "{}"])
+def test_a_base_without_a_config_is_refused_or_named(tmp_path, content):
+    base, expert, out = qwen2(tmp_path / "base"), qwen2(tmp_path / "expert", 0.01), tmp_path / "out"
+    (expert / "config.json").unlink()  # an expert's is not needed
+    merge(base, {"e": expert}, tmp_path / "whole", method="ties")
+    (base / "config.json").unlink()
+    if content is not None:
+        (base / "config.json").write_text(content)
+    problem = (
+        r"config.json: an empty file; d" if content == "" else r"config.json is missing or emp"
+    )
+    with pytest.raises(ValueError, match=f"{base}.*{problem}"):
+        merge(base, {"e": expert}, out, method="ties")
+    assert not out.exists()
+    if content != "":
+        with pytest.warns(match=f"{base}: config.json is missing .*the merged model does not open"):
+            merge(base, {"e": expert}, out, method="ties", family="qwen2")
+        assert (out / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
