@@ -10,18 +10,22 @@ With C = Σ wi LiᵀLi (n×n) and D = Σ wi Ti LiᵀLi (m×n)
 so a step costs one m×n×n product however many experts there are, and gradient descent with
 momentum, being linear, is a polynomial in the eigenvalues of C. `ridge` stops short
 of the minimum too, in one step instead of many.
+
+Where the Li have, together, fewer rows than columns, neither C nor D needs to be made: with the
+√wi Li stacked to L (r×n), and √wi Ti Liᵀ beside each other to W (m×r), C = LᵀL and D = W L, and of
+any function f of the eigenvalues D f(C) = W f(L Lᵀ) L.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from optmerge_core.methods.contract import Matrices, Matrix, check_choice, check_share
-from optmerge_core.methods.svd import truncated_svd
+from optmerge_core.methods.svd import eigenpairs, gram
 
 OnStep = Callable[[int, float, float], None] | None
 
@@ -68,7 +72,7 @@ def minimise_interference(
         start = torch.zeros_like(task_vectors[0])
     else:
         start = task_vectors.sum(0) if descent.init == "sum" else task_vectors.mean(0)
-    form = interference(task_vectors, targets - start, subspaces)
+    form = interference(task_vectors, (target - start for target in targets), subspaces)
     learning_rate = descent.learning_rate
     if descent.learning_rate_unit == "rms":
         learning_rate *= task_vectors.square().mean().sqrt().item()
@@ -83,45 +87,88 @@ def minimise_interference(
 class Interference:
     """The quadratic form ⟨τ C, τ⟩ − 2 ⟨τ, D⟩ + constant; see the top of this file."""
 
-    L: Float[Tensor, "rows n"]  # the √wi Li stacked, so that C = LᵀL
-    D: Matrix
+    left: Float[Tensor, "m _"]  # W, or D
+    right: Float[Tensor, "_ n"]  # L, or C in float64
+    in_factors: bool  # W and L instead of D and C
+    terms: int  # of the sums in C or L Lᵀ
     constant: float
 
     @cached_property
     def C(self) -> Float[Tensor, "n n"]:
-        return self.L.mT @ self.L
+        return (gram(self.right) if self.in_factors else self.right).to(self.left)
+
+    @cached_property
+    def D(self) -> Matrix:
+        return self.left @ self.right if self.in_factors else self.left
 
     @cached_property
     def factored(self) -> bool:
         """Whether two products with L are cheaper than one with C."""
-        rows, columns = self.L.shape
-        return 2 * rows < columns
+        rows, columns = self.right.shape
+        return self.in_factors and 2 * rows < columns
 
     def times_C(self, tau: Matrix) -> Matrix:
-        return tau @ self.L.mT @ self.L if self.factored else tau @ self.C
+        return tau @ self.right.mT @ self.right if self.factored else tau @ self.C
 
     def loss(self, tau: Matrix) -> float:
         return torch.sum(tau * (self.times_C(tau) - 2 * self.D)).item() + self.constant
 
     def gradient(self, tau: Matrix, out: Tensor | None = None) -> Matrix:
         """2 (τ C − D), in one pass over the result."""
-        left, right = (tau @ self.L.mT, self.L) if self.factored else (tau, self.C)
+        left, right = (tau @ self.right.mT, self.right) if self.factored else (tau, self.C)
         return torch.addmm(self.D, left, right, alpha=2, beta=-2, out=out)
+
+    @cached_property
+    def eigenpairs(self) -> tuple[Float64[Tensor, " r"], Float64[Tensor, "r r"]]:
+        """Eigenvalues and vectors, in columns, of L Lᵀ, or of C; what is not resolved is 0."""
+        return eigenpairs(gram(self.right.mT) if self.in_factors else self.right, self.terms)
+
+    def filtered(self, response: Float64[Tensor, " r"]) -> Matrix:
+        """D f(C), with f of the eigenvalues: W U f(Λ) Uᵀ L, or D V f(Λ) Vᵀ."""
+        (_, U), left, right = self.eigenpairs, self.left, self.right
+        if not self.in_factors:
+            DfC: Tensor = torch.linalg.multi_dot([left, (U * response).to(left), U.mT.to(left)])
+            return DfC
+        if len(left) < right.shape[1]:
+            return (left.double() @ U * response @ U.mT).to(left) @ right
+        return left @ (U * response @ (U.mT @ right.double())).to(left)
+
+    def along(self, start: Matrix) -> tuple[Float64[Tensor, " r"], Float64[Tensor, " r"]]:
+        """‖D v‖² and ⟨start v, D v⟩, start in float64, of each eigenvector v = Lᵀu / √λ of C."""
+        (eigenvalues, U), left = self.eigenpairs, self.left.double() @ self.eigenpairs[1]
+        pull = left.square().sum(dim=0)
+        if self.in_factors:
+            return eigenvalues * pull, (start @ self.right.double().mT @ U * left).sum(dim=0)
+        return pull, (start @ U * left).sum(dim=0)
 
 
 def interference(
-    task_vectors: Matrices, targets: Matrices, subspaces: Float[Tensor, "experts _ n"]
+    task_vectors: Matrices,
+    targets: Iterable[Matrix],
+    subspaces: Float[Tensor, "experts _ n"],
 ) -> Interference:
     """Σi ‖(τ − Ti) Liᵀ‖²F / ‖τi‖²F as a quadratic form in τ.
 
     task_vectors and targets (experts, m, n), subspaces (experts, any, n). An expert that is zero
-    has the weight 0. (multi_dot puts the brackets in Ti Liᵀ Li where they are cheapest.)
+    has the weight 0.
     """
+    experts, rows, columns = subspaces.shape
     norms = torch.linalg.vector_norm(task_vectors, dim=(1, 2), keepdim=True)
-    L = torch.where(norms > 0, subspaces / norms, 0)
-    TLL = [torch.linalg.multi_dot([Ti, Li.mT, Li]) for Ti, Li in zip(targets, L, strict=True)]
-    constant = sum(torch.sum(Ti * P).item() for Ti, P in zip(targets, TLL, strict=True))
-    return Interference(L.flatten(0, 1), sum(TLL[1:], start=TLL[0]), constant)
+    norms = torch.where(norms > 0, norms, torch.inf)
+    terms = max(experts * rows, columns)
+    if experts * rows <= columns:
+        L = subspaces / norms
+        W = torch.cat([Ti @ Li.mT for Ti, Li in zip(targets, L, strict=True)], dim=1)
+        return Interference(W, L.flatten(0, 1), True, terms, W.square().sum().item())
+    C = torch.zeros(columns, columns, dtype=torch.float64, device=subspaces.device)
+    D, constant = torch.zeros_like(task_vectors[0]), 0.0
+    for Ti, Li, norm in zip(targets, subspaces, norms, strict=True):
+        LL = gram(Li) / norm.double().square()
+        TLL = Ti @ (Li / norm).mT @ (Li / norm) if 2 * rows < columns else Ti @ LL.to(Ti)
+        C += LL
+        D += TLL
+        constant += torch.sum(Ti * TLL).item()
+    return Interference(D, C, False, terms, constant)
 
 
 def adam(
@@ -162,13 +209,10 @@ def sgd(
     in float64, and with no division by small eigenvalues. A step is a 3×3 matrix for every
     eigenvalue, acting on (q, velocity, 1), and `steps` of them its power. Where Λ is 0, so is D V.
     """
-    _, S, Vh = truncated_svd(form.L)
-    eigenvalues = S.double() ** 2
-    DV = form.D @ Vh.mT
+    eigenvalues, _ = form.eigenpairs
     step_matrix = _step_matrix(eigenvalues, learning_rate, momentum)
     if on_step:
-        pull = DV.double().square().sum(dim=0)
-        along = ((start @ Vh.mT).double() * DV).sum(dim=0)
+        pull, along = form.along(start.double())
         start_norm = torch.linalg.norm(start.double())
         state = torch.eye(3).to(step_matrix)[2].expand(len(eigenvalues), 3)
         for step in range(steps + 1):
@@ -177,8 +221,7 @@ def sgd(
             square = start_norm**2 + torch.sum(q * (2 * along + q * pull))
             on_step(step, loss.item(), square.clamp(min=0).sqrt().item())
             state = (step_matrix @ state.unsqueeze(-1)).squeeze(-1)
-    response: Tensor = torch.linalg.matrix_power(step_matrix, steps)[:, 0, 2]
-    return DV * response.to(DV.dtype) @ Vh
+    return form.filtered(torch.linalg.matrix_power(step_matrix, steps)[:, 0, 2])
 
 
 def _step_matrix(
@@ -201,11 +244,9 @@ def ridge(form: Interference, start: Matrix, shrink: float, on_step: OnStep = No
     μ = shrink times the mean eigenvalue of C, tr(C) / n, so that the result follows the scale of
     the task vectors and the number of experts. `on_step` sees step 0, the start, and 1, the result.
     """
-    _, S, Vh = truncated_svd(form.L)
-    eigenvalues = S.double() ** 2
-    mu = shrink * eigenvalues.sum() / form.L.shape[1]
-    inverse = torch.where(eigenvalues > 0, 1 / (eigenvalues + mu), 0)
-    delta = form.D @ Vh.mT * inverse.to(form.D.dtype) @ Vh
+    eigenvalues, _ = form.eigenpairs
+    mu = shrink * eigenvalues.sum() / start.shape[1]
+    delta = form.filtered(torch.where(eigenvalues > 0, 1 / (eigenvalues + mu), 0))
     if on_step:
         for step, moved in enumerate((torch.zeros_like(delta), delta)):
             on_step(step, form.loss(moved), torch.linalg.norm(start + moved).item())

@@ -3,7 +3,7 @@
 import torch
 
 from optmerge_core.methods.contract import Matrices, Matrix, merge_method
-from optmerge_core.methods.svd import truncated_svd
+from optmerge_core.methods.svd import polar
 
 
 @merge_method(matrices_only=True)
@@ -13,5 +13,5 @@ def iso_c(task_vectors: Matrices) -> Matrix:
     Marczak et al., "No task left behind: isotropic model merging" (2025): every singular value
     is replaced by the mean of all min(m, n). A direction the sum does not have stays 0.
     """
-    U, S, Vh = truncated_svd(task_vectors.sum(dim=0, dtype=torch.float64))
-    return (S.mean() * U @ Vh).to(task_vectors.dtype)
+    even, S = polar(task_vectors.sum(dim=0, dtype=torch.float64))
+    return (S.mean() * even).to(task_vectors.dtype)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from optmerge_core.methods.contract import Matrices, Matrix, check_choice, check_share, merge_method
 from optmerge_core.methods.interference import Descent, OnStep, minimise_interference
-from optmerge_core.methods.svd import low_rank
+from optmerge_core.methods.svd import low_rank, row_space
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,30 +78,40 @@ def optmerge(
     check_choice("preset", preset, PRESETS)
     names = [field.name for field in fields(Settings) if options[field.name] is not None]
     settings = replace(PRESETS[preset], **{name: options[name] for name in names})
-    targets, subspaces = targets_and_subspaces(task_vectors, settings)
+    targets, subspaces = targets_and_subspaces(task_vectors, settings, as_seen=True)
     return minimise_interference(task_vectors, targets, subspaces, settings, on_step)
 
 
 def targets_and_subspaces(
-    task_vectors: Matrices, settings: Settings
+    task_vectors: Matrices, settings: Settings, *, as_seen: bool = False
 ) -> tuple[Matrices, Float[Tensor, "experts _ n"]]:
-    """Ti (experts, m, n) and Li (experts, k or m, n) of Eq. 2–3 for these settings."""
+    """Ti (experts, m, n) and Li (experts, k or m, n) of Eq. 2–3 for these settings.
+
+    as_seen: only Ti Liᵀ has to be right. Where both are of one SVD that is τi Liᵀ, as Li does not
+    see what is cut off, and nothing needs to be.
+    """
     experts, smaller_side = len(task_vectors), min(task_vectors.shape[1:])
-    ratio = settings.rank_ratio
+    ratio, center = settings.rank_ratio, settings.center
     rank = max(smaller_side // experts if ratio is None else int(ratio * smaller_side), 1)
+    whole = rank == smaller_side
     mean = task_vectors.mean(dim=0)
 
-    def truncate(center: bool) -> tuple[Tensor, Tensor]:
-        matrices = task_vectors - mean if center else task_vectors
-        if rank == smaller_side:
-            return matrices, matrices
-        return low_rank(matrices, rank)
+    def matrices(center: bool) -> Matrices:
+        return task_vectors - mean if center else task_vectors
 
-    targets, subspaces = truncate(settings.center)
-    if settings.center:
+    def directions(center: bool) -> Float[Tensor, "experts _ n"]:
+        return matrices(center) if whole else row_space(matrices(center), rank)
+
+    one_svd = settings.subspace == ("centered" if center else "uncentered")
+    if one_svd and as_seen:
+        return task_vectors, directions(center)
+    targets = subspaces = matrices(center)
+    if not whole:
+        targets, subspaces = low_rank(targets, rank)
+    if center:
         targets = targets + mean
     if settings.subspace == "whole":
         subspaces = task_vectors
-    elif (settings.subspace == "centered") != settings.center:
-        _, subspaces = truncate(not settings.center)
+    elif not one_svd:
+        subspaces = directions(not center)
     return targets, subspaces

@@ -4,6 +4,9 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+STRIPE, SLAB = 128, 512
+"""Columns and rows of a matrix that are multiplied at a time: see `gram`."""
+
 
 def truncated_svd(
     matrix: Float[Tensor, "*batch m n"], rank: int | None = None
@@ -22,18 +25,31 @@ def truncated_svd(
 
     Raises ValueError for a rank below 1.
     """
-    rows, columns = matrix.shape[-2:]
     if rank is not None and rank < 1:
         raise ValueError(f"rank is {rank}; it must be at least 1")
-    if rows < columns:
+    if _is_wide(matrix):
         V, S, Uh = truncated_svd(matrix.mT, rank)
         return Uh.mT, S, V.mT
-    tall = matrix.double()
-    squares, V = torch.linalg.eigh(tall.mT @ tall)
-    S = _resolved_roots(squares, rows).flip(-1)[..., :rank]
-    V = V.flip(-1)[..., :rank] * (S > 0).unsqueeze(-2)
-    U = tall @ V / torch.where(S > 0, S, 1).unsqueeze(-2)
+    squares, V = eigenpairs(gram(matrix), matrix.shape[-2])
+    S, V = squares[..., :rank].sqrt(), V[..., :rank]
+    U = matrix.double() @ V / torch.where(S > 0, S, 1).unsqueeze(-2)
     return U.to(matrix.dtype), S.to(matrix.dtype), V.mT.to(matrix.dtype)
+
+
+def polar(
+    matrix: Float[Tensor, "m n"],
+) -> tuple[Float[Tensor, "m n"], Float[Tensor, " r"]]:
+    """P Qᵀ of matrix = P Σ Qᵀ, and Σ: (m, n) -> (m, n), (min(m, n)) descending.
+
+    As A V S⁻¹ Vᵀ; accuracy as in `truncated_svd`, and what is not resolved is 0 here too.
+    """
+    if _is_wide(matrix):
+        turned, S = polar(matrix.mT)
+        return turned.mT, S
+    squares, V = eigenpairs(gram(matrix), len(matrix))
+    S = squares.sqrt()
+    turned = matrix.double() @ (V / torch.where(S > 0, S, 1) @ V.mT)
+    return turned.to(matrix.dtype), S.to(matrix.dtype)
 
 
 def low_rank(
@@ -45,39 +61,78 @@ def low_rank(
     of the smaller side, T = A V Vᵀ or U Uᵀ A: nothing is divided, and only Gram matrix and
     eigenvectors are in float64. |S Vh| is good to the eps of the matrix's own dtype times S1.
     """
-    rows, columns = matrix.shape[-2:]
-    if rows < columns:
-        U = torch.linalg.eigh(_gram(matrix.mT)).eigenvectors[..., -rank:]
-        U = U.flip(-1).to(matrix.dtype)
-        SVh = U.mT @ matrix
-        return U @ SVh, SVh
-    squares, V = torch.linalg.eigh(_gram(matrix))
-    S = squares[..., -rank:].clamp(min=0).sqrt().flip(-1).to(matrix.dtype)
-    V = V[..., -rank:].flip(-1).to(matrix.dtype)
-    return matrix @ V @ V.mT, S.unsqueeze(-1) * V.mT
+    basis, SVh = _leading(matrix, rank)
+    T = basis @ SVh if _is_wide(matrix) else matrix @ basis @ basis.mT
+    return T, SVh
 
 
-def _gram(matrix: Float[Tensor, "*batch m n"]) -> Float64[Tensor, "*batch n n"]:
-    """AᵀA in float64, (..., m, n) -> (..., n, n), of one matrix of the batch after the other.
+def row_space(matrix: Float[Tensor, "*batch m n"], rank: int) -> Float[Tensor, "*batch k n"]:
+    """S Vh of `low_rank` alone: (..., m, n) -> (..., k, n)."""
+    return _leading(matrix, rank)[1]
 
-    So that no more than one matrix is ever held in float64.
+
+def _leading(
+    matrix: Float[Tensor, "*batch m n"], rank: int
+) -> tuple[Float[Tensor, "*batch _ k"], Float[Tensor, "*batch k n"]]:
+    """The leading singular vectors of the smaller side, in columns, and S Vh.
+
+    Of a batch one matrix after the other, so that no more than one is ever in float64.
     """
     if matrix.ndim > 2:
-        return torch.stack([_gram(part) for part in matrix])
-    exact = matrix.double()
-    return exact.mT @ exact
+        parts = [_leading(part, rank) for part in matrix]
+        return torch.stack([basis for basis, _ in parts]), torch.stack([SVh for _, SVh in parts])
+    wide = _is_wide(matrix)
+    squares, vectors = torch.linalg.eigh(gram(matrix.mT if wide else matrix))
+    basis = vectors[:, -rank:].flip(-1).to(matrix.dtype)
+    if wide:
+        return basis, basis.mT @ matrix
+    S = squares[-rank:].clamp(min=0).sqrt().flip(-1).to(matrix.dtype)
+    return basis, S.unsqueeze(-1) * basis.mT
+
+
+def _is_wide(matrix: Tensor) -> bool:
+    return matrix.shape[-2] < matrix.shape[-1]
+
+
+def gram(matrix: Float[Tensor, "*batch m n"]) -> Float64[Tensor, "*batch n n"]:
+    """AᵀA in float64: (..., m, n) -> (..., n, n).
+
+    Of `STRIPE` columns after the other only what lies on and left of the diagonal is multiplied,
+    about half of it all, and mirrored. `SLAB` rows at a time are converted, which the cache holds.
+    """
+    if matrix.ndim > 2:
+        return torch.stack([gram(part) for part in matrix])
+    rows, columns = matrix.shape
+    product = torch.zeros(columns, columns, dtype=torch.float64, device=matrix.device)
+    stripes = [slice(start, start + STRIPE) for start in range(0, columns, STRIPE)]
+    for start in range(0, rows, SLAB):
+        slab = matrix[start : start + SLAB].double()
+        for own in stripes:
+            product[own, : own.stop].addmm_(slab[:, own].mT, slab[:, : own.stop])
+    for own in stripes:
+        product[: own.start, own] = product[own, : own.start].mT
+    return product
 
 
 def singular_values(matrix: Float[Tensor, "*batch m n"]) -> Float[Tensor, "*batch r"]:
     """All singular values (..., min(m, n)), descending; accuracy as in `truncated_svd`."""
-    rows, columns = matrix.shape[-2:]
-    squares = torch.linalg.eigvalsh(_gram(matrix.mT if rows < columns else matrix))
-    return _resolved_roots(squares, max(rows, columns)).flip(-1).to(matrix.dtype)
+    squares = torch.linalg.eigvalsh(gram(matrix.mT if _is_wide(matrix) else matrix))
+    return _resolved(squares, max(matrix.shape[-2:])).flip(-1).sqrt().to(matrix.dtype)
 
 
-def _resolved_roots(
-    squares: Float64[Tensor, "*batch r"], terms: int
-) -> Float64[Tensor, "*batch r"]:
-    """Roots of a float64 Gram matrix's eigenvalues, 0 below what sums of `terms` terms resolve."""
+def eigenpairs(
+    gram: Float64[Tensor, "*batch r r"], terms: int
+) -> tuple[Float64[Tensor, "*batch r"], Float64[Tensor, "*batch r r"]]:
+    """Eigenvalues, descending, and eigenvectors, in columns, of Gram matrices of `terms` rows.
+
+    What their sums do not resolve is exactly 0, eigenvalues and vectors alike.
+    """
+    squares, vectors = torch.linalg.eigh(gram)
+    squares = _resolved(squares, terms).flip(-1)
+    return squares, vectors.flip(-1) * (squares > 0).unsqueeze(-2)
+
+
+def _resolved(squares: Float64[Tensor, "*batch r"], terms: int) -> Float64[Tensor, "*batch r"]:
+    """A float64 Gram matrix's eigenvalues, 0 below what sums of `terms` terms resolve."""
     floor = squares.amax(-1, keepdim=True) * terms * torch.finfo(torch.float64).eps
-    return torch.where(squares > floor, squares, 0).sqrt()
+    return torch.where(squares > floor, squares, 0)

@@ -3,7 +3,7 @@
 import torch
 
 from optmerge_core.methods.contract import Matrices, Matrix, merge_method
-from optmerge_core.methods.svd import truncated_svd
+from optmerge_core.methods.svd import polar, truncated_svd
 
 
 @merge_method(matrices_only=True)
@@ -17,10 +17,12 @@ def tsv(task_vectors: Matrices) -> Matrix:
     """
     experts, rows, columns = task_vectors.shape
     # In float64, as step 3 tells dependent directions from independent ones.
-    U, S, Vh = truncated_svd(task_vectors.double(), max(min(rows, columns) // experts, 1))
-    U = nearest_orthonormal(torch.cat(U.unbind(), dim=1))
-    V = nearest_orthonormal(Vh.flatten(0, 1).mT)
-    return (U * S.flatten() @ V.mT).to(task_vectors.dtype)
+    rank = max(min(rows, columns) // experts, 1)
+    triplets = [truncated_svd(task_vector.double(), rank) for task_vector in task_vectors]
+    U = nearest_orthonormal(torch.cat([U for U, _, _ in triplets], dim=1))
+    S = torch.cat([S for _, S, _ in triplets])
+    Vh = nearest_orthonormal(torch.cat([Vh for _, _, Vh in triplets]))
+    return (U * S @ Vh).to(task_vectors.dtype)
 
 
 def nearest_orthonormal(matrix: Matrix) -> Matrix:
@@ -29,5 +31,4 @@ def nearest_orthonormal(matrix: Matrix) -> Matrix:
     Its columns (rows, if there are fewer) are orthonormal; directions the matrix does not have,
     which the problem leaves open, stay 0.
     """
-    P, _, Qh = truncated_svd(matrix)
-    return P @ Qh
+    return polar(matrix)[0]

@@ -108,8 +108,28 @@ def test_the_products_are_the_cheaper_ones(rows, factored):
     tau = experts((5, 20), count=1, seed=1)[0]
     gradient, loss = form.gradient(tau), form.loss(tau)
     assert form.factored == factored == ("C" not in vars(form))
+    assert form.in_factors
     assert distance(gradient, 2 * (tau @ form.C - form.D)) < 1e-9
     assert loss == pytest.approx((tau * (tau @ form.C - 2 * form.D)).sum().item() + form.constant)
+
+
+@pytest.mark.parametrize("shape", [(40, 21), (4, 21)], ids=["tall", "wide"])
+@pytest.mark.parametrize("rows", [7, 8, 11])
+def test_functions_of_the_eigenvalues_equal_those_of_torchs(rows, shape):
+    """In factors up to 3 · 7 = 21 rows of L; above, D takes Ti Liᵀ Li, or C where 2 · 11 > 21."""
+    task_vectors, subspaces = experts(shape), experts((rows, 21), seed=1)
+    start = experts(shape, count=1, seed=2)[0]
+    form = interference(task_vectors, iter(task_vectors), subspaces)
+    assert form.in_factors == (rows == 7)
+    weights = 1 / task_vectors.square().sum((1, 2), keepdim=True)
+    eigenvalues, V = torch.linalg.eigh((weights * subspaces.mT @ subspaces).sum(0))
+    D = (weights * task_vectors @ subspaces.mT @ subspaces).sum(0)
+    response = 1 / (0.3 + form.eigenpairs[0])
+    expected = D @ V / (0.3 + eigenvalues) @ V.mT
+    assert distance(form.filtered(response), expected) < 1e-9
+    pull, along = form.along(start)
+    assert distance(pull.flip(0), (D @ V).square().sum(0)) < 1e-9
+    assert distance(along.flip(0), (start @ V * (D @ V)).sum(0)) < 1e-9
 
 
 @pytest.mark.parametrize("init", ["sum", "mean"])

@@ -1,5 +1,7 @@
 """OptMerge: the paper's subspace, the released settings, every option."""
 
+from dataclasses import replace
+
 import pytest
 import reference
 import torch
@@ -51,6 +53,20 @@ def test_every_override_changes_the_result():
         assert not torch.equal(optmerge(task_vectors, **{name: value}), plain), name
     lora = optmerge(task_vectors, preset="lora")
     assert not torch.equal(optmerge(task_vectors, preset="lora", momentum=0.1), lora)
+
+
+@pytest.mark.parametrize("subspace", ["uncentered", "centered", "whole"])
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("case", ["tall", "wide", "one zero expert"])
+def test_what_the_subspace_does_not_see_needs_no_truncation(case, center, subspace):
+    """Ti Liᵀ is what the loss sees of the targets; where one SVD gives both it is τi Liᵀ."""
+    task_vectors = CASES[case]
+    settings = replace(PRESETS["full"], center=center, subspace=subspace)
+    targets, subspaces = targets_and_subspaces(task_vectors, settings)
+    seen, same = targets_and_subspaces(task_vectors, settings, as_seen=True)
+    assert torch.equal(same, subspaces)
+    torch.testing.assert_close(seen @ same.mT, targets @ subspaces.mT, rtol=1e-9, atol=1e-15)
+    assert (seen is task_vectors) == (subspace == ("centered" if center else "uncentered"))
 
 
 @pytest.mark.parametrize("experts_count", range(1, 9))

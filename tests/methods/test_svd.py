@@ -2,8 +2,16 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from optmerge_core.methods.svd import low_rank, singular_values, truncated_svd
+from optmerge_core.methods.svd import (
+    gram,
+    low_rank,
+    polar,
+    row_space,
+    singular_values,
+    truncated_svd,
+)
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
@@ -102,3 +110,41 @@ def test_svd_leaves_its_input():
     truncated_svd(matrix)
     singular_values(matrix)
     assert torch.equal(matrix, MATRICES["tall"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (600, 127), (511, 129), (3, 513, 256), (40, 300)])
+def test_gram_is_the_product(shape, dtype):
+    """Across the borders of stripes (128 columns) and slabs (512 rows), of strided views too."""
+    matrix = randn(*shape).to(dtype)
+    expected = matrix.double().mT @ matrix.double()
+    for product in (gram(matrix), gram(matrix.mT.contiguous().mT)):
+        assert product.dtype == torch.float64
+        torch.testing.assert_close(product, expected, rtol=1e-13, atol=1e-11)
+
+
+def test_gram_multiplies_about_half():
+    """With s stripes (s + 1) / 2s of 2mn², here 7 stripes: 4/7."""
+    rows, columns = 600, 7 * 128
+
+    def addmm_flop(own, left, right, **_):
+        return 2 * left[0] * left[1] * right[1]
+
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flop})
+    with counter:
+        gram(torch.zeros(rows, columns))
+    assert counter.get_total_flops() == 2 * rows * columns**2 * 4 // 7
+
+
+@pytest.mark.parametrize("name", ["tall", "wide", "square", "decaying", "one column"])
+def test_polar_equals_torchs(name):
+    matrix = MATRICES[name]
+    turned, S = polar(matrix)
+    P, expected, Qh = torch.linalg.svd(matrix, full_matrices=False)
+    torch.testing.assert_close(turned, P @ Qh, rtol=0, atol=1e-5)
+    torch.testing.assert_close(S, expected, rtol=0, atol=1e-10 * expected[0].item())
+
+
+@pytest.mark.parametrize("matrix", MATRICES.values(), ids=list(MATRICES))
+def test_the_row_space_is_that_of_the_low_rank_approximation(matrix):
+    assert torch.equal(row_space(matrix, 3), low_rank(matrix, 3)[1])
