@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from floors import matmul_rate, record, show
-from layer import EXPERTS, INTERNVL_1B, floor_flops, layer_shapes
+from layer import EXPERTS, INTERNVL_1B, floor_flops, layer_shapes, measure
 from safetensors.torch import load_file, save_file
 
 from optmerge_core.checkpoints.writer import CheckpointWriter
@@ -101,26 +101,36 @@ def reading_and_writing(folder, inputs, output):
 MEASURE = """
 import json, sys, time
 from pathlib import Path
-started = time.perf_counter()
+sys.path.insert(0, {folder!r})
+from shares import Shares
+shares, started = Shares(), time.perf_counter()
 {code}
 seconds = time.perf_counter() - started
 lines = Path("/proc/self/status").read_text().splitlines()
 peak = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-print(json.dumps({{"seconds": seconds, "peak": peak}}))
+print(json.dumps({{"(s)": seconds, "(GB)": peak / 1e9}} | shares.read()))
 """
 
 
 def measured(code, *arguments):
-    """Seconds and peak resident bytes of code in a process of its own, imports not counted."""
+    """What code takes in a process of its own, imports not counted.
+
+    (s); (GB), the peak of resident memory; and the shares of time that shares.py tells, in (%).
+    """
     imports, code = code.split("\n---\n")
-    script = imports + MEASURE.format(code=code)
+    script = imports + MEASURE.format(code=code, folder=str(Path(__file__).parent))
     run = subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True
     )
     if run.returncode:
         raise RuntimeError(run.stderr[-2000:])
-    found = json.loads(run.stdout.splitlines()[-1])
-    return found["seconds"], found["peak"]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def ours(code, *arguments):
+    """The same as columns of the table."""
+    found = measured(code, *arguments)
+    return {x if "%" in x else f"ours {x}": value for x, value in found.items()}
 
 
 OURS = """
@@ -154,11 +164,11 @@ run_merge(MergeConfiguration.model_validate(yaml.safe_load(open(sys.argv[1]))), 
 
 
 def with_mergekit(folder, method):
-    """Seconds and peak of mergekit on the same files, where it is installed; else None."""
+    """The columns of mergekit on the same files, where it is installed; else none."""
     try:
         import mergekit  # noqa: F401
     except ImportError:
-        return None
+        return {}
     parameters = {"weight": 1.0} | ({"density": 0.2} if method == "ties" else {})
     models = [
         {"model": str(path), "parameters": parameters} for path in sorted(folder.glob("expert*"))
@@ -166,34 +176,40 @@ def with_mergekit(folder, method):
     config = {"merge_method": method, "base_model": str(folder / "base"), "models": models}
     config |= {"dtype": "bfloat16", "parameters": {"normalize": False}}
     (folder / "mergekit.yaml").write_text(json.dumps(config))
-    return measured(MERGEKIT, folder / "mergekit.yaml", folder / "theirs")
+    found = measured(MERGEKIT, folder / "mergekit.yaml", folder / "theirs")
+    return {"other": "mergekit", "other (s)": found["(s)"], "other (GB)": found["(GB)"]}
+
+
+def released_loop(model, rate):
+    """The columns of the released code's loop, from `--loop-steps` of one layer (layer.py)."""
+    row, *_ = measure(1.0, "lora", 300, 3, rate)
+    label = f"{row['other']}, one layer times {model['layers']}"
+    return {"other": label, "other (s)": model["layers"] * row["other (s)"]}
 
 
 def whole_models(case, method, options, model, scale, folder):
     names = write_models(folder, model, scale)
     scope = "linear" if method == "optmerge" else "all"  # as mergekit
-    seconds, peak = measured(OURS, folder, method, json.dumps(options), scope)
-    floor = reading_and_writing(folder, names, "ours")
+    spent = ours(OURS, folder, method, json.dumps(options), scope)
+    floor, rate = reading_and_writing(folder, names, "ours"), matmul_rate()
     if method == "optmerge":
         shapes = linear_shapes(model, scale).values()
-        floor += sum(floor_flops(shape, "lora", 300) for shape in shapes) / matmul_rate()
-    row = {"case": case, "floor (s)": floor, "ours (s)": seconds, "ours (GB)": peak / 1e9}
+        floor += sum(floor_flops(shape, "lora", 300) for shape in shapes) / rate
+    row = {"case": case, "floor (s)": floor} | spent
     if method in ("task_arithmetic", "ties"):
-        theirs = with_mergekit(folder, method)
-        if theirs:
-            row |= {"other": "mergekit", "other (s)": theirs[0], "other (GB)": theirs[1] / 1e9}
-    return row
+        return row | with_mergekit(folder, method)
+    return row | (released_loop(model, rate) if scale == 1 else {})
 
 
 def adapters(case, model, scale, folder):
     write_adapters(folder, model, scale)
-    seconds, peak = measured(ADAPTERS, folder)
+    spent = ours(ADAPTERS, folder)
     names = [f"expert{i}" for i in range(EXPERTS)]
     floor = reading_and_writing(folder, names, "ours")
     wide = EXPERTS * RANK
     sides = [side for shape in linear_shapes(model, scale).values() for side in shape]
     floor += sum(4 * side * wide**2 for side in sides) / matmul_rate(dtype=torch.float64)
-    return {"case": case, "floor (s)": floor, "ours (s)": seconds, "ours (GB)": peak / 1e9}
+    return {"case": case, "floor (s)": floor} | spent
 
 
 CASES = {
