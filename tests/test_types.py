@@ -9,7 +9,7 @@ import torch
 from jaxtyping import AbstractArray, TypeCheckError
 
 from optmerge_core.methods.registry import METHODS
-from optmerge_core.methods.tsv import nearest_orthonormal
+from optmerge_core.methods.svd import polar
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,7 +23,7 @@ def test_mypy():
 def test_shapes_are_checked_under_test():
     """By the import hook of conftest.py."""
     with pytest.raises(TypeCheckError, match=r"Float\[Tensor, 'm n'\]"):
-        nearest_orthonormal(torch.zeros(2, 3, 4))
+        polar(torch.zeros(2, 3, 4))
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -143,9 +143,7 @@ class Interference:
 
 
 def interference(
-    task_vectors: Matrices,
-    targets: Iterable[Matrix],
-    subspaces: Float[Tensor, "experts _ n"],
+    task_vectors: Matrices, targets: Iterable[Matrix], subspaces: Float[Tensor, "experts _ n"]
 ) -> Interference:
     """Σi ‖(τ − Ti) Liᵀ‖²F / ‖τi‖²F as a quadratic form in τ.
 

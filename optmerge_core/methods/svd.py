@@ -36,12 +36,11 @@ def truncated_svd(
     return U.to(matrix.dtype), S.to(matrix.dtype), V.mT.to(matrix.dtype)
 
 
-def polar(
-    matrix: Float[Tensor, "m n"],
-) -> tuple[Float[Tensor, "m n"], Float[Tensor, " r"]]:
+def polar(matrix: Float[Tensor, "m n"]) -> tuple[Float[Tensor, "m n"], Float[Tensor, " r"]]:
     """P Qᵀ of matrix = P Σ Qᵀ, and Σ: (m, n) -> (m, n), (min(m, n)) descending.
 
-    As A V S⁻¹ Vᵀ; accuracy as in `truncated_svd`, and what is not resolved is 0 here too.
+    The nearest matrix with orthonormal columns, or rows if there are fewer (Procrustes), made as
+    A V S⁻¹ Vᵀ; accuracy as in `truncated_svd`, and what is not resolved is 0 here too.
     """
     if _is_wide(matrix):
         turned, S = polar(matrix.mT)
@@ -62,8 +61,7 @@ def low_rank(
     eigenvectors are in float64. |S Vh| is good to the eps of the matrix's own dtype times S1.
     """
     basis, SVh = _leading(matrix, rank)
-    T = basis @ SVh if _is_wide(matrix) else matrix @ basis @ basis.mT
-    return T, SVh
+    return basis @ SVh if _is_wide(matrix) else matrix @ basis @ basis.mT, SVh
 
 
 def row_space(matrix: Float[Tensor, "*batch m n"], rank: int) -> Float[Tensor, "*batch k n"]:

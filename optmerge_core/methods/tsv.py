@@ -19,16 +19,6 @@ def tsv(task_vectors: Matrices) -> Matrix:
     # In float64, as step 3 tells dependent directions from independent ones.
     rank = max(min(rows, columns) // experts, 1)
     triplets = [truncated_svd(task_vector.double(), rank) for task_vector in task_vectors]
-    U = nearest_orthonormal(torch.cat([U for U, _, _ in triplets], dim=1))
-    S = torch.cat([S for _, S, _ in triplets])
-    Vh = nearest_orthonormal(torch.cat([Vh for _, _, Vh in triplets]))
-    return (U * S @ Vh).to(task_vectors.dtype)
-
-
-def nearest_orthonormal(matrix: Matrix) -> Matrix:
-    """P Qᵀ for matrix = P Σ Qᵀ (orthogonal Procrustes): (m, n) -> (m, n).
-
-    Its columns (rows, if there are fewer) are orthonormal; directions the matrix does not have,
-    which the problem leaves open, stay 0.
-    """
-    return polar(matrix)[0]
+    U, _ = polar(torch.cat([U for U, _, _ in triplets], dim=1))
+    Vh, _ = polar(torch.cat([Vh for _, _, Vh in triplets]))
+    return (U * torch.cat([S for _, S, _ in triplets]) @ Vh).to(task_vectors.dtype)

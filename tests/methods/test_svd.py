@@ -145,6 +145,16 @@ def test_polar_equals_torchs(name):
     torch.testing.assert_close(S, expected, rtol=0, atol=1e-10 * expected[0].item())
 
 
+def test_polar_is_the_nearest_with_orthonormal_columns():
+    matrix = randn(9, 4)
+    nearest, _ = polar(matrix)
+    torch.testing.assert_close(nearest.mT @ nearest, torch.eye(4).double())
+    torch.testing.assert_close(polar(matrix.mT)[0], nearest.mT)
+    for seed in range(20):
+        other = torch.linalg.qr(nearest + 0.1 * randn(9, 4, seed=seed)).Q
+        assert (other - matrix).norm() > (nearest - matrix).norm()
+
+
 @pytest.mark.parametrize("matrix", MATRICES.values(), ids=list(MATRICES))
 def test_the_row_space_is_that_of_the_low_rank_approximation(matrix):
     assert torch.equal(row_space(matrix, 3), low_rank(matrix, 3)[1])

@@ -4,7 +4,7 @@ import reference
 import torch
 from cases import randn
 
-from optmerge_core.methods.tsv import nearest_orthonormal, tsv
+from optmerge_core.methods.tsv import tsv
 
 
 def test_tsv_by_hand():
@@ -31,13 +31,3 @@ def test_tsv_counts_a_shared_direction_once():
     for factor in (1, 3, -1):
         merged = tsv(torch.stack([expert, factor * expert]))
         torch.testing.assert_close(merged, (1 + factor) / 2 * once, rtol=1e-4, atol=1e-5)
-
-
-def test_nearest_orthonormal():
-    matrix = randn(9, 4, dtype=torch.float64)
-    nearest = nearest_orthonormal(matrix)
-    torch.testing.assert_close(nearest.mT @ nearest, torch.eye(4).double())
-    torch.testing.assert_close(nearest_orthonormal(matrix.mT), nearest.mT)
-    for seed in range(20):
-        other = torch.linalg.qr(nearest + 0.1 * randn(9, 4, seed=seed).double()).Q
-        assert (other - matrix).norm() > (nearest - matrix).norm()
