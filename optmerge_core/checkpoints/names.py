@@ -58,15 +58,18 @@ def other_names(ours: Collection[str], theirs: Collection[str]) -> dict[str, str
     """Our name -> their name, for the parameters that only another naming keeps apart.
 
     Names that both have stay; the others are the same if their bare names are equal, and no third
-    name's is.
+    name's is. transformers 5 calls Mixtral's `block_sparse_moe` `mlp`, as all other mixtures'.
     """
 
+    def key(name: str) -> str:
+        return bare(name).replace(".block_sparse_moe.", ".mlp.")
+
     def unique(names: Collection[str], but: Collection[str]) -> dict[str, str]:
-        times = Counter(map(bare, names))
-        return {bare(name): name for name in names if times[bare(name)] == 1 and name not in but}
+        times = Counter(map(key, names))
+        return {key(name): name for name in names if times[key(name)] == 1 and name not in but}
 
     mine, others = unique(ours, theirs), unique(theirs, ours)
-    return {name: others[key] for key, name in mine.items() if key in others}
+    return {name: others[same] for same, name in mine.items() if same in others}
 
 
 def closest_names(name: str, candidates: Iterable[str]) -> list[str]:

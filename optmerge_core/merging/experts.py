@@ -11,6 +11,7 @@ import torch
 
 from optmerge_core.checkpoints import HUB_ID
 from optmerge_core.checkpoints.formats import CheckpointError, dtype_name
+from optmerge_core.checkpoints.layouts import as_laid_out
 from optmerge_core.checkpoints.names import is_embeddings, is_head
 from optmerge_core.checkpoints.open import open_checkpoint, open_expert
 from optmerge_core.checkpoints.weights import Weights
@@ -46,7 +47,10 @@ def open_models(
     """
     base = open_checkpoint(base_model, stream=stream)
     check_config(base, family is not None or scope == "all")
-    opened = {name: open_expert(expert, base, stream) for name, expert in experts.items()}
+    opened = {
+        name: as_laid_out(open_expert(expert, base, stream), base)
+        for name, expert in experts.items()
+    }
     model_type = family or base.config().get("model_type")
     tied = tied_head(base) if scope == "all" else {}
     names = [name for name in mergeable(base.shapes(), model_type, scope) if name not in tied]
