@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -52,3 +53,37 @@ def test_shares_tell_what_threads_do():
     assert seen_while(lambda: hashlib.file_digest(stream, "sha256")) == {"hash (%)": 100}
     assert seen_while(lambda: METHODS["tsv"](stack)) == {"computing (%)": 100}
     assert seen_while(lambda: threading.Event().wait(0.01)) == {}
+
+
+def test_the_readmes_costs_are_the_measured_ones():
+    import readme
+
+    results = pd.read_csv(FOLDER / "results.csv")
+    assert readme.BLOCK.search(readme.README.read_text()).group() == readme.block(results)
+    row = {"case": readme.ON_A_GPU, "device": "A GPU", "floor (s)": 45, "ours (s)": 90}
+    on_a_gpu = readme.block(pd.concat([results, pd.DataFrame([row])]))
+    assert "none was at hand" not in on_a_gpu and "scale 1 | A GPU | 90 | 2 |" in on_a_gpu
+
+
+def test_a_trace_tells_what_is_done_beside_kernels():
+    """Two kernels, 0 to 4 and 3 to 6 µs; of a read from 5 to 9 a quarter is beside the second."""
+    from device import beside_kernels, within_limits
+
+    kernels = [{"cat": "kernel", "name": "k", "ts": s, "dur": d} for s, d in ((3, 3), (0, 4))]
+    read = {"cat": "cpu_op", "name": "aten::_pin_memory", "ts": 5, "dur": 4}
+    copy = {"cat": "gpu_memcpy", "name": "Memcpy HtoD (Pinned -> Device)", "ts": 1, "dur": 2}
+    pageable = copy | {"name": "Memcpy HtoD (Pageable -> Device)", "ts": 7}
+    found = beside_kernels([*kernels, read, copy, pageable, {"ph": "M", "name": "process_name"}])
+    assert found == {"reading beside computing (%)": 25, "copying beside computing (%)": 100}
+    assert set(beside_kernels([read, copy]).values()) == {None}
+    row = {"case": "seven", "floor (s)": 30.0, "ours (s)": 60.0, "ours (GB)": 7.9}
+    assert within_limits(row) == "seven: 60.0 s of 120, 7.9 GB of 8, 50% of it the floor: kept"
+    assert within_limits(row | {"ours (GB)": 8.1}).endswith("MISSED")
+
+
+@pytest.mark.slow
+def test_a_trace_sees_every_thread():
+    """What the workers compute too, which are not the thread that is traced."""
+    from device import traced_merge
+
+    assert any(event.get("name") == "aten::_linalg_eigh" for event in traced_merge("cpu", 0.02))

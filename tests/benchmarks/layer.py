@@ -1,7 +1,7 @@
 """One layer of InternVL2.5-1B, all seven matrices: the published loop and ours, in turns.
 
-`python tests/benchmarks/layer.py [--scale 0.25 1.0] [--steps 300]` prints a table: the floor
-(products that cannot be avoided over the measured matmul rate), the loop of the released code
+`python tests/benchmarks/layer.py [--scales 0.25 1.0] [--steps 300]` prints a table: the floor (the
+products of the formulas as they stand, at the measured matmul rate), the loop of the released code
 (tests/reference.py in float32), ours (the matrices in parallel, as `merge` does), their ratio and
 their relative difference. The released code multiplies (m, n) by (n, m) for every expert and step
 ("m rows"); of the second factor's rows only k are not 0, and a loop that leaves the others out
@@ -54,7 +54,11 @@ def task_vectors(shape, seed, rank=16):
 
 
 def floor_flops(shape, preset, steps, experts=EXPERTS):
-    """Products only: Gram matrices and their use in the SVDs, C and D, and Adam's steps."""
+    """Products of the formulas as they stand: Gram matrices, their use in SVDs, C and D, steps.
+
+    As if all were whole, in float32 and each needed: a yardstick that stays the same between
+    versions. Half of a symmetric product, and truncated targets, can be spared.
+    """
     rows, columns = shape
     small, large = sorted(shape)
     rank = small // experts

@@ -3,7 +3,7 @@
 `python tests/benchmarks/models.py [--cases optmerge-1b adapters-7b task-arithmetic ties]
 [--scale 1.0] [--folder DIR]` writes random checkpoints (a low-rank signal and noise), merges them,
 removes them and prints a table. The floor is reading every input once and writing the result, at
-the measured rate of this disk (or page cache), and the products that cannot be avoided at the
+the measured rate of this disk (or page cache), and the products of the formulas at the
 measured matmul rate. Where the package `mergekit` is installed it merges the same files beside us.
 """
 
