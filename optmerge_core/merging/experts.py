@@ -17,6 +17,7 @@ from optmerge_core.checkpoints.open import open_checkpoint, open_expert
 from optmerge_core.checkpoints.weights import Weights
 from optmerge_core.merging.checks import notice
 from optmerge_core.merging.families import mergeable, merges
+from optmerge_core.merging.heads import ties, with_heads
 from optmerge_core.runtime import FLOAT_DTYPES
 
 
@@ -31,6 +32,8 @@ class Opened:
     tied: dict[str, str]
     """a head that is stored beside the embeddings it equals -> these, whose values it takes"""
     model_type: str | None
+    untied: bool = False
+    """whether the merged model has a head of its own, which the base's config.json denies"""
 
 
 def open_models(
@@ -41,21 +44,25 @@ def open_models(
     scope: str = "linear",
     stream: bool = False,
 ) -> Opened:
-    """Open a base model and its experts (name -> location, model or state dict); headers only.
+    """Open a base model and its experts (name -> location, model or state dict).
+
+    Reads headers only, but for heads that are stored beside embeddings (scope "all").
 
     Raises `ValueError` (`CheckpointError` for files) for experts that are none of this base.
     """
-    base = open_checkpoint(base_model, stream=stream)
+    base: Weights = open_checkpoint(base_model, stream=stream)
     check_config(base, family is not None or scope == "all")
     opened = {
         name: as_laid_out(open_expert(expert, base, stream), base)
         for name, expert in experts.items()
     }
     model_type = family or base.config().get("model_type")
-    tied = tied_head(base) if scope == "all" else {}
+    tied, untied = dict[str, str](), False
+    if scope == "all":
+        base, opened, tied, untied = with_heads(base, opened)
     names = [name for name in mergeable(base.shapes(), model_type, scope) if name not in tied]
     names = check_experts(base, opened, names, model_type)
-    return Opened(base, opened, names, tied, model_type)
+    return Opened(base, opened, names, tied, model_type, untied)
 
 
 def check_config(base: Weights, known: bool) -> None:
@@ -127,7 +134,7 @@ def _compare(
     model_type: str | None,
 ) -> _Difference:
     found, ours, theirs = _Difference(), base.shapes(), expert.shapes()
-    tied = _ties(base) and _ties(expert)
+    tied = ties(base) and ties(expert)
     for name in sorted({*ours, *theirs}):
         if tied and is_head(name) and name not in agreeing:
             continue  # the embeddings, saved twice or once
@@ -165,7 +172,8 @@ def _notices(
             f"expert {name} says in adapter_config.json that it is an adapter of {named}; it is "
             f"taken as one of {base.folder}"
         )
-    if renamed := [own for own in base if own in expert and expert.own_name(own) != own]:
+    same = [own for own in base if own in expert and is_head(own) == is_head(expert.own_name(own))]
+    if renamed := [own for own in same if expert.own_name(own) != own]:
         notices.append(
             f"expert {name} has other names for {len(renamed)} parameters, taken as the base's "
             f"({expert.own_name(renamed[0])} for {renamed[0]})"
@@ -188,26 +196,6 @@ def _notices(
             f"base's are kept ({found.outside[0]})"
         )
     return notices
-
-
-def tied_head(base: Weights) -> dict[str, str]:
-    """Head -> embeddings, where config.json ties them and the files hold the same values twice."""
-    heads = [name for name in base if is_head(name)]
-    embeddings = [name for name in base if is_embeddings(name)]
-    if len(heads) != 1 or len(embeddings) != 1 or not _ties(base):
-        return {}
-    same = torch.equal(base[heads[0]], base[embeddings[0]])
-    return {heads[0]: embeddings[0]} if same else {}
-
-
-def _ties(weights: Weights) -> bool:
-    """Whether the model's head is its embeddings: config.json says so, or says nothing of it."""
-    config = weights.config()
-    texts = [config.get(key) for key in ("text_config", "llm_config")]
-    for part in (config, *(text for text in texts if isinstance(text, dict))):
-        if "tie_word_embeddings" in part:
-            return bool(part["tie_word_embeddings"])
-    return not any(is_head(name) for name in weights)
 
 
 def _tokens(weights: Weights) -> int:

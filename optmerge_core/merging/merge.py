@@ -18,7 +18,7 @@ from optmerge_core.merging.card import model_card
 from optmerge_core.merging.checks import NothingChanges, check_unchanged
 from optmerge_core.merging.loop import Merged, ParameterMerger
 from optmerge_core.merging.plan import MergePlan, plan_merge
-from optmerge_core.merging.report import MergeReport, Record, describe, with_dtype
+from optmerge_core.merging.report import MergeReport, Record, describe, untied, with_dtype
 from optmerge_core.runtime import Meter, in_order, parse_device
 
 Cost = Callable[[], dict[str, Any]]
@@ -188,8 +188,10 @@ def _finish(
     check_unchanged(unchanged, len(norms), len(opened.names))
     weights = writer.digests()
     writer.copy_side_files(base.folder)
+    config = untied(base.config()) if opened.untied else base.config()
     if plan.dtype is not None:
-        config = with_dtype(base.config() | {"dtype": ""}, plan.dtype)
+        config = with_dtype(config, plan.dtype)
+    if config != base.config():
         writer.write_text("config.json", json.dumps(config, indent=2) + "\n")
     inputs = [
         (plan.base_model, base),

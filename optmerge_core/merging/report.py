@@ -131,6 +131,16 @@ def describe(location: str | Path, weights: Weights) -> dict[str, Any]:
 
 
 def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """config.json of a model stored in another dtype: its dtype entries at any depth replaced."""
-    changed = {key: with_dtype(x, dtype) for key, x in config.items() if isinstance(x, dict)}
-    return config | changed | {key: dtype for key in ("dtype", "torch_dtype") if key in config}
+    """config.json of a model stored in another dtype."""
+    return _replaced(config | {"dtype": dtype}, ("dtype", "torch_dtype"), dtype)
+
+
+def untied(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json of a model whose head is stored apart."""
+    return _replaced(config | {"tie_word_embeddings": False}, ("tie_word_embeddings",), False)
+
+
+def _replaced(config: dict[str, Any], keys: Iterable[str], value: Any) -> dict[str, Any]:
+    """Entries of these keys replaced at any depth."""
+    inside = {key: _replaced(x, keys, value) for key, x in config.items() if isinstance(x, dict)}
+    return config | inside | {key: value for key in keys if key in config}

@@ -173,7 +173,7 @@ def _write_side_files(
         architectures=[OmniForConditionalGeneration.__name__],
     ).to_json_string()
     if dtype is not None:
-        content = with_dtype(json.loads(config) | {"dtype": ""}, dtype_name(dtype))
+        content = with_dtype(json.loads(config), dtype_name(dtype))
         config = json.dumps(content, indent=2) + "\n"
     writer.write_text("config.json", config)
     if tokenizer:
