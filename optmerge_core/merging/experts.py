@@ -65,7 +65,7 @@ def open_models(
     return Opened(base, opened, names, tied, model_type, untied)
 
 
-def check_config(base: Weights, known: bool) -> None:
+def check_config(base: Weights, known: bool = False) -> None:
     """Refuse weights without a config.json, or warn where it is known what merges."""
     if not base.config():
         text = (

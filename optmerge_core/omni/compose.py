@@ -181,8 +181,9 @@ def _write_side_files(
     for modality, specialist in opened.items():
         target = writer.folder / "specialists" / modality
         target.mkdir(parents=True)
-        for path in side_files(specialist.folder) if specialist.folder else ():
-            (target / path.name).write_bytes(path.read_bytes())
+        for read in reversed(specialist.read):  # an adapter's own tokenizer over its base's
+            for path in side_files(read.folder):
+                (target / path.name).write_bytes(path.read_bytes())
 
 
 def _describe(source: str | Path | PreTrainedModel, specialist: Specialist) -> dict[str, Any]:

@@ -6,24 +6,39 @@ differ on disk and in memory; here they have those of the language model's own c
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import transformers
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from optmerge_core.checkpoints.adapters import CONFIG_NAME
+from optmerge_core.checkpoints.adapters import CONFIG_NAME, parameter_of
 from optmerge_core.checkpoints.folder import Checkpoint
 from optmerge_core.checkpoints.formats import CheckpointError, read_json
-from optmerge_core.checkpoints.names import EMBEDDINGS, HEAD, language_name
+from optmerge_core.checkpoints.names import (
+    EMBEDDINGS,
+    HEAD,
+    PREFIX,
+    is_embeddings,
+    is_head,
+    language_name,
+)
 from optmerge_core.checkpoints.open import open_checkpoint
-from optmerge_core.checkpoints.weights import Renamed
-from optmerge_core.merging.experts import Opened
+from optmerge_core.checkpoints.weights import IN_MEMORY, Renamed, as_weights
+from optmerge_core.merging.experts import Opened, check_config
 from optmerge_core.merging.families import mergeable
 from optmerge_core.omni.model import specialist_class, without_layers
 
@@ -38,6 +53,10 @@ class LanguageModel(Renamed):
         found = {language_name(name): name for name in weights}
         own = {n: own for n, own in found.items() if n and (names is None or n in names)}
         super().__init__(weights, own)
+
+    def config(self) -> dict[str, Any]:
+        whole = super().config()
+        return whole.get("text_config") or whole
 
 
 @dataclass(frozen=True)
@@ -54,49 +73,122 @@ class Specialist:
 
 
 def open_specialist(source: str | Path | PreTrainedModel) -> Specialist:
-    """A folder, a hub id, a PEFT adapter of a specialist's folder, or a loaded model."""
-    folder, read = None, ()
-    if not isinstance(source, PreTrainedModel):
-        opened = open_checkpoint(source, adapter=True)
-        folder, config = opened.folder, opened.config()
-        if opened.is_adapter:
-            source, base = _with_adapter(folder)
-            folder, read = base.folder, (opened, base)
-        else:
-            shrunk = without_layers(config)
-            towers = _load(specialist_class(config), folder, config=shrunk)
-            language_model, tokenizer = LanguageModel(opened), load_tokenizer(folder)
-            towers = _towers(towers)
-            return Specialist(config, language_model, towers, tokenizer, folder, (opened,))
-    config = source.config.to_dict() | {"architectures": [type(source).__name__]}
-    language_model = LanguageModel(source.state_dict())
-    tokenizer = load_tokenizer(folder) if folder else None
-    return Specialist(config, language_model, _towers(source), tokenizer, folder, read)
+    """A folder, a hub id, a PEFT adapter of a specialist's folder, or a loaded model.
+
+    Raises `CheckpointError` for what is no multimodal model, or an adapter that PEFT cannot merge.
+    """
+    if isinstance(source, PreTrainedModel):
+        return _of_a_model(source, None, ())
+    opened = open_checkpoint(source, adapter=True)
+    if opened.is_adapter:
+        adapted, base = _with_adapter(opened)
+        return _of_a_model(adapted, base.folder, (opened, base))
+    check_config(opened)
+    config, folder = opened.config(), opened.folder
+    towers = _towers(_load(opened, without_layers(config), towers_alone=True), folder)
+    tokenizer = load_tokenizer(folder)
+    return Specialist(config, LanguageModel(opened), towers, tokenizer, folder, (opened,))
 
 
-def _with_adapter(folder: Path) -> tuple[PreTrainedModel, Checkpoint]:
-    given = read_json(folder / CONFIG_NAME).get("base_model_name_or_path") or ""
-    base = folder / given if (folder / given).is_dir() else Path(given)
-    opened = open_checkpoint(base)
-    model = _load(specialist_class(opened.config()), opened.folder)
-    adapted = PeftModel.from_pretrained(model, folder)
-    for name, module in adapted.named_modules():
-        if isinstance(module, LoraLayer) and "language_model" in name:
-            module.float()  # rounded to the base's dtype, a small update would be lost
-    return adapted.merge_and_unload(), opened
+def _of_a_model(
+    model: PreTrainedModel, folder: Path | None, read: tuple[Checkpoint, ...]
+) -> Specialist:
+    """A specialist in memory; the tokenizer is the first of what was `read` that has one."""
+    config = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    language_model = LanguageModel(model.state_dict())
+    tokenizer = next(filter(None, (load_tokenizer(x.folder) for x in read)), None)
+    return Specialist(config, language_model, _towers(model, folder), tokenizer, folder, read)
 
 
-def _load(model_class: type[PreTrainedModel], folder: Path, **options: Any) -> PreTrainedModel:
-    """from_pretrained without its report of the weights that were left out on purpose."""
+def _with_adapter(adapter: Checkpoint) -> tuple[PreTrainedModel, Checkpoint]:
+    """The specialist that an adapter makes, and its base."""
+    path = adapter.folder / CONFIG_NAME
+    given = read_json(path).get("base_model_name_or_path") or ""
+    beside = adapter.folder / given
+    try:
+        base = open_checkpoint(beside if given and beside.is_dir() else given)
+        check_config(base)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{path}: base_model_name_or_path {given!r} must name the specialist that this is an "
+            f"adapter of, its folder or hub id ({error})"
+        ) from error
+    model = _load(base, AutoConfig.for_model(**base.config()))
+    rows = [adapter.shape(name)[0] for name in adapter if is_embeddings(name) or is_head(name)]
+    try:
+        if rows and max(rows) != len(model.get_input_embeddings().weight):
+            model.resize_token_embeddings(max(rows), mean_resizing=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            adapted = PeftModel.from_pretrained(model, adapter.folder, **_placed(adapter, model))
+        for name, module in adapted.named_modules():
+            if isinstance(module, LoraLayer) and "language_model" in name:
+                module.float()  # rounded to the base's dtype, a small update would be lost
+        return adapted.merge_and_unload(), base
+    except Exception as error:  # whatever PEFT says, of any type
+        raise CheckpointError(
+            f"{adapter.folder}: PEFT cannot merge this adapter into {base.folder} "
+            f"({_in_one_line(error)}); is it another model's? If not, merge it where it was "
+            "trained and give that folder"
+        ) from error
+
+
+def _placed(adapter: Checkpoint, model: PreTrainedModel) -> dict[str, Any]:
+    """What PEFT must be told where the adapter's modules have other paths than the model's.
+
+    As of an adapter that was made on the text model alone.
+    """
+    modules = {n.removeprefix(PREFIX).split(".lora_")[0] for n in adapter if ".lora_" in n}
+    found = {m: parameter_of(m, as_weights(model)).removesuffix(".weight") for m in modules}
+    if all(module == own for module, own in found.items()):
+        return {}
+    config = PeftConfig.from_pretrained(adapter.folder)
+    config.target_modules, config.exclude_modules = [*found.values()], None
+    paths = {rf"^{re.escape(module)}\.": f"{own}." for module, own in found.items()}
+    return {"config": config, "key_mapping": paths}
+
+
+def _load(
+    weights: Checkpoint, config: PretrainedConfig, towers_alone: bool = False
+) -> PreTrainedModel:
+    """from_pretrained, whole or without the language model, with every tensor that it needs."""
+    own = {name for name in weights if not (towers_alone and language_name(name))}
     level = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
     try:
-        return model_class.from_pretrained(folder, dtype="auto", **options)
+        model, info = specialist_class(weights.config()).from_pretrained(
+            None,
+            config=config,
+            state_dict={name: weights[name] for name in weights if name in own},
+            dtype="auto",
+            output_loading_info=True,
+        )
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{weights.folder}: its weights are not those of its config.json "
+            f"({_in_one_line(error)}); save or download it again"
+        ) from error
     finally:
         transformers.utils.logging.set_verbosity(level)
+    missing = [n for n in info["missing_keys"] if not (towers_alone and language_name(n))]
+    if missing:
+        raise CheckpointError(
+            f"{weights.folder}: {len(missing)} parameters of the model are missing ({missing[0]}); "
+            "save or download it again"
+        )
+    return model
 
 
-def _towers(model: PreTrainedModel) -> dict[str, Tensor]:
+def _in_one_line(error: Exception, most: int = 300) -> str:
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+def _towers(model: PreTrainedModel, place: Path | None) -> dict[str, Tensor]:
+    if not hasattr(model.base_model, "language_model"):
+        raise CheckpointError(
+            f"{place or IN_MEMORY}: {type(model).__name__} has no towers beside a language_model; "
+            "specialists are multimodal models that have"
+        )
     state = model.base_model.state_dict()
     return {name: t for name, t in state.items() if not name.startswith("language_model.")}
 
@@ -136,6 +228,7 @@ def open_language_models(
     specialist that is built on another language model.
     """
     base = LanguageModel(open_checkpoint(base_language_model))
+    check_config(base)
     opened = {modality: open_specialist(source) for modality, source in specialists.items()}
     for modality, specialist in opened.items():
         check_language_model(modality, specialist, base)

@@ -261,6 +261,144 @@ def test_a_small_update_of_a_bfloat16_model_is_not_rounded_away(family, tmp_path
     assert {t.dtype for t in after.towers.values()} == {torch.bfloat16}
 
 
+def adapted(model, folder, base, **settings):
+    """PEFT's model with a drawn LoRA adapter of `base`, saved in a folder."""
+    given = {"r": 2, "target_modules": r".*language_model.*up_proj"} | settings
+    peft, generator = get_peft_model(model, LoraConfig(**given)), torch.Generator().manual_seed(3)
+    for name, parameter in peft.named_parameters():
+        if "lora_" in name or parameter.requires_grad:
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    peft.save_pretrained(folder)
+    edit(folder, base_model_name_or_path=str(base))
+    return peft
+
+
+def edit(folder, **settings):
+    content = json.loads((folder / "adapter_config.json").read_text()) | settings
+    (folder / "adapter_config.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("targets", [["up_proj", "q_proj"], ["layers.1.self_attn.q_proj"]])
+@pytest.mark.parametrize("path", ["", "model."])
+def test_an_adapter_made_on_the_text_model_alone(family, tmp_path, path, targets):
+    """PEFT puts it on the whole model by its own paths: nowhere, or beside it on the towers."""
+    base, folder = family.folders["vision"], tmp_path / "adapter"
+    model = LlavaForConditionalGeneration.from_pretrained(base)
+    peft = adapted(model.model.language_model, folder, base, target_modules=targets)
+    file = folder / "adapter_model.safetensors"
+    prefix = "base_model.model."
+    save_file({n.replace(prefix, prefix + path): t for n, t in load_file(file).items()}, file)
+    peft.merge_and_unload()
+    before, after = open_specialist(base), open_specialist(folder)
+    own = {language_name(n): t for n, t in model.state_dict().items()}
+    assert any(not torch.equal(own[n], t) for n, t in before.language_model.items())
+    for name, tensor in after.language_model.items():
+        torch.testing.assert_close(tensor, own[name], atol=1e-6, rtol=0)
+    assert all(torch.equal(tensor, before.towers[n]) for n, tensor in after.towers.items())
+
+
+@pytest.mark.parametrize("settings", [{}, {"modules_to_save": ["embed_tokens", "lm_head"]}])
+def test_an_adapter_with_a_larger_vocabulary(family, tmp_path, settings):
+    """Its embeddings, head and tokenizer lie beside its factors: they are the specialist's."""
+    base, folder = family.folders["vision"], tmp_path / "adapter"
+    model = LlavaForConditionalGeneration.from_pretrained(base)
+    model.resize_token_embeddings(WORDS + 4, mean_resizing=False)
+    peft = adapted(model, folder, base, **settings)
+    peft.save_pretrained(folder, save_embedding_layers=True)
+    edit(folder, base_model_name_or_path=str(base))
+    save_tokenizer(folder, ["<image>", "<a>", "<b>"])
+    merged = peft.merge_and_unload().state_dict()
+    tensors = composed(
+        SimpleNamespace(base=family.base, folders={"vision": folder}), tmp_path / "out",
+        method="task_arithmetic",
+    )  # fmt: skip
+    for name, own in (
+        ("embed_tokens", "model.language_model.embed_tokens"),
+        ("lm_head", "lm_head"),
+    ):
+        found = tensors[f"{'' if name == 'lm_head' else 'language_model.'}{name}.weight"]
+        assert len(found) == WORDS + 3
+        torch.testing.assert_close(found, merged[f"{own}.weight"][: WORDS + 3], atol=1e-6, rtol=0)
+    for place in (tmp_path / "out", tmp_path / "out/specialists/vision"):
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        assert tokenizer.convert_tokens_to_ids(["<image>", "<b>"]) == [WORDS, WORDS + 2]
+    assert not (tmp_path / "out/specialists/vision/adapter_config.json").exists()
+    OmniForConditionalGeneration.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"alora_invocation_tokens": [1]}, "adapter.*aLoRA"),
+        ({"r": 3}, r"PEFT cannot merge this adapter into \S+vision \(.*size mismatch for "),
+        ({"target_modules": ["nothing"]}, "PEFT cannot merge .*not found in the base model"),
+        ({"target_modules": ["down_proj"]}, "PEFT cannot merge .*Found missing adapter keys"),
+        ({"peft_type": "NO_SUCH"}, "PEFT cannot merge this adapter into .*NO_SUCH"),
+        ({"base_model_name_or_path": ""}, "adapter_config.json: base_model_name_or_path '' must"),
+        ({"base_model_name_or_path": None}, "must name the specialist .*an empty path"),
+        ({"base_model_name_or_path": "/gone"}, r"'/gone' must name .*\(/gone: no such folder"),
+        ({"base_model_name_or_path": "hollow"}, r"'hollow' must name .*hollow: no safetensors wei"),
+        ({"base_model_name_or_path": "language"}, "into .*adapter/language .*stands for none"),
+        ({"base_model_name_or_path": "audio"}, "PEFT cannot merge .*stands for none"),
+    ],
+)  # fmt: skip
+def test_adapters_that_cannot_be_merged_are_refused(family, tmp_path, settings, text):
+    base, folder = family.folders["vision"], tmp_path / "adapter"
+    model = LlavaForConditionalGeneration.from_pretrained(base)
+    adapted(model, folder, base, target_modules=r".*vision_tower.*fc1|.*language_model.*up_proj")
+    edit(folder, **settings)
+    (folder / "hollow").mkdir()
+    (folder / "language").symlink_to(family.base)
+    (folder / "audio").symlink_to(family.folders["audio"])
+    refused(family, tmp_path, {"vision": folder}, text)
+
+
+def changed(family, tmp_path, change):
+    """A copy of the vision specialist, its tensors changed."""
+    folder = shutil.copytree(family.folders["vision"], tmp_path / "changed")
+    tensors = change(load_file(folder / "model.safetensors"))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_wrappers_of_training_and_an_adapter_beside_it_change_nothing(family, tmp_path):
+    folder = changed(
+        family, tmp_path, lambda tensors: {f"module.{n}": t for n, t in tensors.items()}
+    )
+    model = LlavaForConditionalGeneration.from_pretrained(family.folders["vision"])
+    adapted(model, folder, family.folders["vision"])
+    with pytest.warns(match="changed holds an adapter .* beside whole weights, which are taken"):
+        compose(family.base, {"vision": folder}, tmp_path / "out", method="ties")
+    compose(family.base, {"vision": family.folders["vision"]}, tmp_path / "plain", method="ties")
+    ours, plain = (tmp_path / f / "model.safetensors" for f in ("out", "plain"))
+    assert ours.read_bytes() == plain.read_bytes()
+
+
+def test_what_is_no_whole_specialist_is_refused(family, tmp_path):
+    whole = load_file(family.folders["vision"] / "model.safetensors")
+    gone = next(name for name in whole if "projector" in name)
+    folder = changed(family, tmp_path, lambda t: {n: x for n, x in t.items() if n != gone})
+    refused(family, tmp_path, {"vision": folder}, "1 parameters of the model are missing")
+    refused(family, tmp_path, {"text": family.base}, "base: LlamaForCausalLM has no towers beside")
+    (folder / "config.json").write_text("{}")
+    refused(family, tmp_path, {"vision": folder}, "changed: config.json is missing or empty")
+    bare = shutil.copytree(family.base, tmp_path / "bare")
+    (bare / "config.json").unlink()
+    with pytest.raises(ValueError, match="bare: config.json is missing or empty"):
+        compose(bare, {"vision": family.folders["vision"]}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_multimodal_base_gives_its_language_model(family, tmp_path):
+    base = shutil.copytree(family.folders["vision"], tmp_path / "base")
+    compose(base, {"vision": family.folders["vision"]}, tmp_path / "out", method="weight_average")
+    model = OmniForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    inputs, ids = family.inputs["vision"], prompt("vision")
+    expected = family.models["vision"](input_ids=ids, **inputs).logits
+    logits = model(input_ids=ids, modality_inputs={"vision": inputs}).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
 def test_report_and_card_say_what_was_composed(family, omni, tmp_path):
     report = json.loads((omni / "merge_report.json").read_text())
     inputs = {"base": (family.base, report["base_model"])}
