@@ -163,10 +163,10 @@ def main(methods, device, scale):
     rows = [row | shares if "optmerge" in row["case"] else row for row in rows]
     if device == "cuda" and scale == 1:
         record(rows)
-    show("compute only", rows)
     for row in rows:
         if "optmerge" in row["case"]:
             print(within_limits(row))
+    show("compute only", rows)
 
 
 if __name__ == "__main__":
