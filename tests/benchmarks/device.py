@@ -121,7 +121,7 @@ def beside_kernels(events):
         span = event.get("ts"), event.get("ts", 0) + event.get("dur", 0)
         if event.get("cat") == "kernel":
             spans["kernel"].append(span)
-        elif event.get("name") == "aten::_pin_memory":
+        elif event.get("name") in ("aten::pin_memory", "aten::_pin_memory"):
             spans["reading beside computing (%)"].append(span)
         elif event.get("cat") == "gpu_memcpy" and "Pinned -> Device" in event["name"]:
             spans["copying beside computing (%)"].append(span)
