@@ -18,6 +18,7 @@ from optmerge_core.checkpoints.weights import Weights
 from optmerge_core.merging.checks import notice
 from optmerge_core.merging.families import mergeable, merges
 from optmerge_core.merging.heads import ties, with_heads
+from optmerge_core.merging.prompting import differences
 from optmerge_core.runtime import FLOAT_DTYPES
 
 
@@ -62,6 +63,8 @@ def open_models(
         base, opened, tied, untied = with_heads(base, opened)
     names = [name for name in mergeable(base.shapes(), model_type, scope) if name not in tied]
     names = check_experts(base, opened, names, model_type)
+    for text in differences(base, opened):
+        notice(text)
     return Opened(base, opened, names, tied, model_type, untied)
 
 
