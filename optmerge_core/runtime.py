@@ -35,7 +35,8 @@ def in_order(
     there are, and small decompositions, which gain nothing from a second thread, fill all cores.
     One worker feeds a GPU. At most workers + 1 results are waiting or under way: what comes next is
     read and computed while the caller writes. `memory`, the bytes that an item's work takes, makes
-    them fewer: together they stay below half of what was free (or there is one alone).
+    them fewer: together they stay below half of what was free (or there is one alone). Behind one
+    that takes long, as much more may be done as takes less memory than it.
 
     An error in `work` is raised here, and the rest is not started.
     """
@@ -48,7 +49,11 @@ def in_order(
     try:
         for item in items:
             needed = memory(item)
-            while waiting and (len(waiting) > workers or held + needed > free):
+            while waiting and (
+                held + needed > free
+                or len(waiting) > workers
+                and held - waiting[0][1] + needed >= waiting[0][1]
+            ):
                 result, own = waiting.popleft()
                 yield result.result()
                 held -= own

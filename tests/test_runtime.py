@@ -72,6 +72,26 @@ def test_what_is_under_way_stays_below_half_of_the_free_memory(monkeypatch, memo
     assert work.most == fit
 
 
+def test_behind_a_large_item_as_much_is_done_as_takes_less_memory(threads):
+    """The first takes 10 bytes, others 3: three fit behind it, or one for each worker."""
+    done, behind = [], max(3, threads)
+
+    def work(item):
+        if item == 0:
+            deadline = time.monotonic() + 20
+            while threads > 1 and len(done) < behind and time.monotonic() < deadline:
+                time.sleep(0.001)
+            time.sleep(0.1)
+        done.append(item)
+        return item
+
+    results = in_order(work, range(100), memory=lambda item: 3 if item else 10)
+    assert next(results) == 0
+    time.sleep(0.1)
+    assert len(done) == 1 + behind
+    results.close()
+
+
 def test_few_results_wait_for_the_reader(threads):
     started = []
     results = in_order(lambda item: started.append(item) or item, range(100))

@@ -7,9 +7,11 @@ Weights are safetensors files; where there are none, pickles that hold plain ten
 from __future__ import annotations
 
 import hashlib
+import sys
 import warnings
 from collections.abc import Collection
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -28,6 +30,39 @@ from optmerge_core.checkpoints.formats import (
 from optmerge_core.checkpoints.names import PREFIX, unwrapped
 from optmerge_core.checkpoints.pickles import Pickle
 from optmerge_core.checkpoints.weights import Weights
+
+PIECE = 1 << 20  # bytes that are hashed at a time: fits a core's cache
+
+
+class Digest:
+    """The SHA-256 of a file, taken from its beginning piece by piece, by any threads."""
+
+    def __init__(self, path: Path):
+        self.path, self._hash, self._bytes, self._lock = path, hashlib.sha256(), 0, Lock()
+
+    def advance(self, end: int) -> None:
+        """Go on up to a byte of the file, unless another thread is at it."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._go_on(end)
+            finally:
+                self._lock.release()
+
+    def finish(self) -> str:
+        """Go on to the end: the digest in hexadecimal."""
+        with self._lock:
+            self._go_on(sys.maxsize)
+            return self._hash.hexdigest()
+
+    def _go_on(self, end: int) -> None:
+        if self._bytes >= end:
+            return
+        piece = memoryview(bytearray(PIECE))
+        with open(self.path, "rb", buffering=0) as stream:
+            stream.seek(self._bytes)
+            while self._bytes < end and (count := stream.readinto(piece)):
+                self._hash.update(piece[:count])
+                self._bytes += count
 
 
 class Checkpoint(Weights):
@@ -56,7 +91,7 @@ class Checkpoint(Weights):
         names, index = weight_files(place, self.folder, present, adapter)
         self.files = [self.folder / name for name in names]
         self._entries: dict[str, tuple[str, tuple[int, ...], torch.dtype, int]] = {}
-        self._sha256: dict[str, str] = {}
+        self._hashes = {path.name: Digest(path) for path in self.files}
         for file in names:
             for name, shape, dtype, start in self._read_header(file):
                 if name in self._entries:
@@ -150,13 +185,14 @@ class Checkpoint(Weights):
     def file_sizes(self) -> dict[str, int]:
         return {path.name: path.stat().st_size for path in self.files}
 
+    def hash_beside(self, name: str) -> None:
+        file, _, _, start = self._entries[self._own[name]]
+        if file not in self._pickles:
+            self._hashes[file].advance(start + self.nbytes(name))
+
     def sha256(self) -> dict[str, str]:
         """File name -> SHA-256 of each weight file. Reads every file once; kept afterwards."""
-        if not self._sha256:
-            for path in self.files:
-                with open(path, "rb") as stream:
-                    self._sha256[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-        return dict(self._sha256)
+        return {file: digest.finish() for file, digest in self._hashes.items()}
 
 
 def plain_names(place: str, names: Collection[str]) -> dict[str, str]:

@@ -96,6 +96,9 @@ class RemoteCheckpoint(Checkpoint):
     def file_sizes(self) -> dict[str, int]:
         return {file.name: self._remote[file.name].size or 0 for file in self.files}
 
+    def hash_beside(self, name: str) -> None:
+        """Nothing: the bytes are not kept."""
+
     def sha256(self) -> dict[str, str]:
         """File name -> SHA-256 where the hub tells it; else size and version, marked as such."""
         return {

@@ -83,6 +83,9 @@ class Weights(Mapping[str, Tensor]):
         """File name -> SHA-256 of each weight file."""
         return {}
 
+    def hash_beside(self, name: str) -> None:
+        """Take the hash of the file up to this parameter, which was just read, for `sha256`."""
+
     def provenance(self) -> dict[str, Any]:
         """What identifies the weights wherever they lie: commit, origin, hashes of the files."""
         return {"revision": self.revision, "source": self.source, "sha256": self.sha256()}
@@ -146,6 +149,9 @@ class Renamed(Weights):
 
     def file_sizes(self) -> dict[str, int]:
         return self.weights.file_sizes()
+
+    def hash_beside(self, name: str) -> None:
+        self.weights.hash_beside(self.names[name])
 
     def sha256(self) -> dict[str, str]:
         return self.weights.sha256()

@@ -33,10 +33,11 @@ class CheckpointWriter:
     """Write a Hugging Face folder shard by shard; it appears whole under its name, or not at all.
 
     Tensors are added in order inside a `with` block. A shard is written when the next tensor would
-    take it over `max_shard_size` (bytes, or "500MB", "5GB"), so at most one shard is in memory.
-    Everything goes to the sibling folder `.<name>.partial`, which is renamed at the end, once it is
-    on the disk, and removed on any error. With `overwrite`, an existing checkpoint folder is
-    replaced only then. `single` is the file's name where one is enough.
+    take it over `max_shard_size` (bytes, or "500MB", "5GB"), while the next is collected, so at
+    most two are in memory. Everything goes to the sibling folder `.<name>.partial`, which is
+    renamed at the end, once it is on the disk, and removed on any error. With `overwrite`, an
+    existing checkpoint folder is replaced only then. `single` is the file's name where one is
+    enough.
 
     A process killed on the way leaves `.<name>.partial`, `.<name>.lock` or, killed between the two
     renames of a replacement, the replaced folder as `.<name>.old`. The next writer puts that one
@@ -65,7 +66,7 @@ class CheckpointWriter:
         self._old = self.output_dir.with_name(f".{self.output_dir.name}.old")
         self._new_parents = [path for path in self.output_dir.parents if not path.exists()]
         self._lock: int | None = None
-        self._syncing: list[Future[str]] = []
+        self._written: list[Future[str]] = []
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self._shards: list[list[str]] = []
@@ -92,21 +93,35 @@ class CheckpointWriter:
             raise CheckpointError(f"{self.output_dir}: tensor {name!r} added twice")
         tensor = tensor.detach().cpu().contiguous()
         if _starts_shard(self._pending, self._pending_bytes, tensor.nbytes, self.max_shard_bytes):
-            self._flush()
+            self.flush()
         self._pending[name] = tensor
         self._pending_bytes += tensor.nbytes
         self._total_bytes += tensor.nbytes
         self._names.add(name)
+
+    def flush(self) -> None:
+        """End a shard: it is written while the next one is computed, or what else there is to do.
+
+        Waits for the one before it, and raises what the disk has said of that.
+        """
+        if not self._pending:
+            return
+        with explained(self.output_dir):
+            for written in self._written[-1:]:
+                written.result()
+        self._shards.append(list(self._pending))
+        path, tensors = self.folder / f"{len(self._shards):05d}", self._pending
+        self._pending, self._pending_bytes = {}, 0
+        self._written.append(self._disk.submit(_write, tensors, path))
 
     def digests(self) -> dict[str, str]:
         """File -> SHA-256 of the weights, after the last tensor; hashed while others were computed.
 
         Waits until they are on the disk.
         """
-        if self._pending:
-            self._flush()
+        self.flush()
         with explained(self.output_dir):
-            hashes = [syncing.result() for syncing in self._syncing]
+            hashes = [written.result() for written in self._written]
         return dict(zip(file_names(len(hashes), self.single), hashes, strict=True))
 
     def copy_side_files(self, base_folder: str | Path) -> None:
@@ -132,16 +147,6 @@ class CheckpointWriter:
             self._disk.shutdown(cancel_futures=True)
             shutil.rmtree(self.folder, ignore_errors=True)
             self._release()
-
-    def _flush(self) -> None:
-        path = self.folder / f"{len(self._shards) + 1:05d}"
-        with explained(self.output_dir):
-            save_file(self._pending, path, metadata={"format": "pt"})
-        # The disk works while the next shard is computed.
-        self._syncing.append(self._disk.submit(_sync_and_hash, path))
-        self._shards.append(list(self._pending))
-        self._pending.clear()
-        self._pending_bytes = 0
 
     def _finish(self) -> None:
         files, weight_map = self.digests(), {}
@@ -241,7 +246,10 @@ def _lock(output_dir: Path) -> int:
         os.close(lock)  # its holder has just finished and removed it
 
 
-def _sync_and_hash(path: Path) -> str:
+def _write(tensors: dict[str, Tensor], path: Path) -> str:
+    """Until the file is on the disk and `tensors` is empty; returns its SHA-256."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    tensors.clear()
     sync(path)
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -38,7 +38,8 @@ class ParameterMerger:
 
     sources: name -> the parameter whose task vectors are merged for it, for those that merge;
     dtypes: name -> the dtype to store. `thresholds` (experts,) are of trimming over the model. Of
-    the `averaged` the experts' mean is taken, by no method, without scaling and record.
+    the `averaged` the experts' mean is taken, by no method, without scaling and record. `hashed`:
+    the CPU takes the hashes of input files for the report as it goes, while it has them at hand.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class ParameterMerger:
         device: torch.device,
         thresholds: Tensor | None = None,
         averaged: Collection[str] = (),
+        hashed: bool = False,
     ):
         self.base, self.experts, self.sources, self.dtypes = base, experts, sources, dtypes
         self.scaling_coefficient, self.device, self.averaged = scaling_coefficient, device, averaged
@@ -62,6 +64,7 @@ class ParameterMerger:
         self.method, self.options, self.seed = method, dict(options), seed
         if thresholds is not None:
             self.options["thresholds"] = thresholds.to(device)
+        self.hashed = hashed and device.type == "cpu"
         self.in_blocks = device.type == "cpu" and method in IN_BLOCKS
 
     def results(self, names: Iterable[str]) -> Iterator[Merged]:
@@ -105,7 +108,12 @@ class ParameterMerger:
                 merged = METHODS[self.method](stack, **self.options, **random)
                 made = record_of(name, tensor, stack, merged, self.experts)
                 tensor = apply(tensor, merged, self.scaling_coefficient, dtype)
-        return name, check_in_range(name, tensor.to("cpu", dtype)), made
+        tensor = check_in_range(name, tensor.to("cpu", dtype))
+        if self.hashed:
+            self.base.hash_beside(name)
+            for expert in self.experts.values() if source else ():
+                expert.hash_beside(source)
+        return name, tensor, made
 
     def _in_blocks(self, name: str, tensor: Tensor, source: str) -> tuple[Tensor, Record]:
         """The same values, with no more of the task vectors in memory than a block."""

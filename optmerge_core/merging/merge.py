@@ -52,9 +52,9 @@ def merge(
     The arguments, and what becomes of each parameter, are explained by `plan_merge`. What differs
     between calls with the same inputs is the report alone, which has seconds and bytes of memory.
 
-    Memory: one parameter of all experts with the method's workspace, and one output shard. Inputs
-    are read once while they merge, when NaN and Inf are looked for, and once more to hash their
-    files for the report; with `stream` only once, and hashes are those the hub tells.
+    Memory: one parameter of all experts with the method's workspace, and two output shards: one is
+    written while the next is computed. Inputs are read once while they merge, when NaN and Inf are
+    looked for and their files hashed for the report; with `stream` hashes are those the hub tells.
 
     Raises `ValueError` (`CheckpointError` for files), and nothing is left at `output_dir`.
     """
@@ -67,7 +67,7 @@ def merge(
     )  # fmt: skip
     records: list[Record] = []
     with plan.writer() as writer:
-        for name, tensor, made in _results(plan, list(plan.parameters)):
+        for name, tensor, made in _results(plan, list(plan.parameters), hashed=True):
             writer.add(name, tensor)
             records += [made] if made else []
         return _finish(plan, writer, records, meter.read)
@@ -147,7 +147,7 @@ def join(plan: MergePlan) -> MergeReport:
     return report
 
 
-def _results(plan: MergePlan, names: list[str]) -> Iterator[Merged]:
+def _results(plan: MergePlan, names: list[str], hashed: bool = False) -> Iterator[Merged]:
     """The loop over some of a plan's parameters, with its progress."""
     from optmerge_core.checkpoints.remote import streaming  # slow: the hub's client
 
@@ -164,6 +164,7 @@ def _results(plan: MergePlan, names: list[str]) -> Iterator[Merged]:
         seed=plan.seed,
         device=parse_device(plan.device),
         thresholds=None if plan.thresholds is None else torch.tensor(plan.thresholds),
+        hashed=hashed,
     )
     merged = [sources[name] for name in names if name in sources]
     readings = [(opened.base, names), *((x, merged) for x in opened.experts.values())]
@@ -186,7 +187,7 @@ def _finish(
     norms = {x: [record["expert_norms"][x] for record in records] for x in opened.experts}
     unchanged = [x for x in opened.experts if not any(norms[x])]
     check_unchanged(unchanged, len(norms), len(opened.names))
-    weights = writer.digests()
+    writer.flush()
     writer.copy_side_files(base.folder)
     config = untied(base.config()) if opened.untied else base.config()
     if plan.dtype is not None:
@@ -204,7 +205,7 @@ def _finish(
         experts=dict(zip(opened.experts, described[1:], strict=True)),
         parameters=records,
         parameters_kept=len(base) - len(records),
-        weights=weights,
+        weights=writer.digests(),
         **{name: getattr(plan, name) for name in SETTINGS},
         **cost(),
     )

@@ -2,6 +2,8 @@ import hashlib
 import json
 import pickle
 import shutil
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import huggingface_hub
@@ -77,6 +79,43 @@ def test_sha256(sharded):
     files = {path.name: path.read_bytes() for path in sharded.glob("*.safetensors")}
     expected = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     assert len(expected) > 1 and open_checkpoint(sharded).sha256() == expected
+
+
+def test_two_shards_are_in_memory_at_most_and_the_last_is_written_while_others_work(tmp_path):
+    kept = []
+    with CheckpointWriter(tmp_path / "model", 4000) as writer:
+        for number in range(12):
+            tensor = torch.full((500,), float(number))  # two a shard
+            kept.append(weakref.ref(tensor))
+            writer.add(f"{number:02d}", tensor)
+            del tensor
+            assert sum(reference() is not None for reference in kept) <= 4
+        writer.flush()
+        assert len(writer._written) == 6 and not writer._pending
+        writer.flush()  # has nothing to do
+        assert len(writer.digests()) == 6
+    assert list(open_checkpoint(tmp_path / "model")) == [f"{number:02d}" for number in range(12)]
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_hashes_taken_beside_reading_are_those_of_the_files(tmp_path, monkeypatch, workers):
+    """In any order, any names left out, by any number of threads: of every byte, once."""
+    monkeypatch.setattr("optmerge_core.checkpoints.folder.PIECE", 100)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"{i:02d}": torch.randn(i, 7, generator=generator) for i in range(40)}
+    with CheckpointWriter(tmp_path / "model", 3000) as writer:
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+        written = writer.digests()
+    checkpoint = open_checkpoint(tmp_path / "model")
+    order = torch.randperm(40, generator=generator)[:30].tolist()
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(checkpoint.hash_beside, (f"{i:02d}" for i in order)))
+    expected = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in checkpoint.files
+    }
+    assert len(expected) > 5 and checkpoint.sha256() == expected == written
+    assert checkpoint.sha256() == expected
 
 
 @pytest.mark.parametrize(
@@ -457,7 +496,8 @@ def test_writer_leaves_nothing_on_error_and_a_killed_writers_rest_is_no_obstacle
     with pytest.raises(RuntimeError), CheckpointWriter(tmp_path / "out", 4) as writer:
         writer.add("a", TENSORS["a"])
         writer.add("b", TENSORS["b"])
-        assert {path.name for path in writer.folder.iterdir()} == {"00001"}
+        writer.digests()
+        assert {path.name for path in writer.folder.iterdir()} == {"00001", "00002"}
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
 

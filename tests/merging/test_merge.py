@@ -9,12 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import optmerge_core
+from optmerge_core.checkpoints.folder import Digest
 from optmerge_core.checkpoints.formats import CheckpointError
 from optmerge_core.checkpoints.open import open_checkpoint
 from optmerge_core.checkpoints.writer import CheckpointWriter
 from optmerge_core.merging.families import mergeable
 from optmerge_core.merging.loop import merge_tensors
-from optmerge_core.merging.merge import merge
+from optmerge_core.merging.merge import merge, merge_part
+from optmerge_core.merging.plan import plan_merge
 from optmerge_core.methods.dare import dare
 from optmerge_core.methods.registry import METHODS
 from optmerge_core.study.recipe import load_recipe
@@ -107,6 +109,33 @@ def test_reruns_are_byte_identical(tiny, tmp_path):
     assert len(files) > 2
     for file in files:
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+
+
+def test_inputs_are_hashed_while_they_are_read(tiny, tmp_path, monkeypatch):
+    """Nothing is left to read for it at the end, but what did not merge; parts hash nothing."""
+    left, finish, hashed = {}, Digest.finish, []
+
+    def recorded(self):
+        left[self.path] = self.path.stat().st_size - self._bytes
+        return finish(self)
+
+    def waiting(self, end):
+        """As `advance`, which another thread at the same file would make do nothing."""
+        with self._lock:
+            hashed.append(self._go_on(end))
+
+    monkeypatch.setattr(Digest, "finish", recorded)
+    monkeypatch.setattr(Digest, "advance", waiting)
+    for scope in ("all", "linear"):
+        left.clear()
+        merge(tiny.base, tiny.experts, tmp_path / scope, method="ties", scope=scope)
+        assert len(left) > len(tiny.experts)
+        own = {path: rest for path, rest in left.items() if path.parent == Path(tiny.base)}
+        assert set((left if scope == "all" else own).values()) == {0}
+    hashed.clear()
+    plan = plan_merge(tiny.base, tiny.experts, tmp_path / "parts", method="ties")
+    merge_part(plan, 0)
+    assert hashed == []
 
 
 def test_report_and_model_card(tiny, tmp_path):
