@@ -25,7 +25,7 @@ from optmerge_core.merging.checks import (
 )
 from optmerge_core.merging.report import Record, record_of
 from optmerge_core.methods.dare import dare
-from optmerge_core.methods.registry import IN_BLOCKS, METHODS, merge_blocks
+from optmerge_core.methods.registry import METHODS, merge_blocks, merges_in_blocks
 from optmerge_core.runtime import in_order, parse_device
 from optmerge_core.task_vectors.stack import Part, TaskVectors, apply, derive_seed, pinned
 
@@ -65,7 +65,7 @@ class ParameterMerger:
         if thresholds is not None:
             self.options["thresholds"] = thresholds.to(device)
         self.hashed = hashed and device.type == "cpu"
-        self.in_blocks = device.type == "cpu" and method in IN_BLOCKS
+        self.in_blocks = device.type == "cpu" and merges_in_blocks(method, self.options)
 
     def results(self, names: Iterable[str]) -> Iterator[Merged]:
         """Each parameter's result, in their order. Raises `NotFinite` for NaN and Inf in an input.
@@ -111,8 +111,9 @@ class ParameterMerger:
         tensor = check_in_range(name, tensor.to("cpu", dtype))
         if self.hashed:
             self.base.hash_beside(name)
-            for expert in self.experts.values() if source else ():
-                expert.hash_beside(source)
+            if source is not None:
+                for expert in self.experts.values():
+                    expert.hash_beside(source)
         return name, tensor, made
 
     def _in_blocks(self, name: str, tensor: Tensor, source: str) -> tuple[Tensor, Record]:
@@ -121,7 +122,8 @@ class ParameterMerger:
         blocks = self.task_vectors.blocks(source, tensor)
         weights, changed = tensor.flatten(), torch.empty(tensor.numel(), dtype=dtype)
         squares = torch.zeros(2 + len(self.experts), dtype=torch.float64)
-        for entries, block, merged in merge_blocks(self.method, blocks, **self.options):
+        options = self.options | _random(self.task_vectors, self.method, self.seed, source)
+        for entries, block, merged in merge_blocks(self.method, blocks, **options):
             own = weights[entries]
             changed[entries] = apply(own, merged, self.scaling_coefficient, dtype)
             squares[1] += torch.linalg.vector_norm(merged).double().square()

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from optmerge_core.methods.averages import _weighted_sum
@@ -33,7 +33,7 @@ def dare_task_arithmetic(
         from optmerge_core.methods import kernels
 
         kept = _draw_kept(task_vectors, drop_rate, generator)
-        return kernels.dare_sum(task_vectors, kept, drop_rate)
+        return kernels.dare_sum(task_vectors, kept.bool(), drop_rate)
     return _weighted_sum(dare(task_vectors, drop_rate, generator), weights)
 
 
@@ -63,17 +63,15 @@ def dare(task_vectors: Stack, drop_rate: Share, generator: Generators = None) ->
     for an expert need not depend on its position; a single one (or None, torch's own) draws for all
     in their order.
     """
-    dropped = task_vectors * _draw_kept(task_vectors, drop_rate, generator)
+    dropped = _draw_kept(task_vectors, drop_rate, generator).mul_(task_vectors)
     if not isinstance(drop_rate, Sequence):
-        return dropped / (1 - drop_rate)
+        return dropped.div_(1 - drop_rate)
     shares = task_vectors.new_tensor([1 - rate for rate in drop_rate])
-    return dropped / shares.view(-1, *[1] * (task_vectors.ndim - 1))
+    return dropped.div_(shares.view(-1, *[1] * (task_vectors.ndim - 1)))
 
 
-def _draw_kept(
-    task_vectors: Stack, drop_rate: Share, generator: Generators
-) -> Bool[Tensor, " experts *shape"]:
-    """Where `dare` keeps an entry: bool, (experts, *shape), drawn where the generator lives."""
+def _draw_kept(task_vectors: Stack, drop_rate: Share, generator: Generators) -> Stack:
+    """1 where `dare` keeps an entry, else 0: (experts, *shape), drawn where the generator lives."""
     rates = per_expert("drop_rate", drop_rate, len(task_vectors))
     for rate in rates:
         check_share("drop_rate", rate, zero=True)
@@ -83,7 +81,7 @@ def _draw_kept(
 
     def draw(source: torch.Generator | None, rate: float) -> Tensor:
         place = source.device if source else None
-        return torch.rand(task_vectors.shape[1:], generator=source, device=place) >= rate
+        return torch.rand(task_vectors.shape[1:], generator=source, device=place).ge_(rate)
 
     drawn = [draw(*pair) for pair in zip(generators, rates, strict=True)]
-    return torch.stack(drawn).to(task_vectors.device)
+    return torch.stack(drawn).to(task_vectors)

@@ -16,15 +16,20 @@ from optmerge_core.methods.blocks import Blocks, MergedBlock
 from optmerge_core.methods.contract import Method, check_option_names
 from optmerge_core.methods.ties import ties_blocks
 
-IN_BLOCKS = ("weight_average", "task_arithmetic", "ties")
-"""The methods that `merge_blocks` has."""
+
+def merges_in_blocks(method: str, options: Mapping[str, Any]) -> bool:
+    """Whether `merge_blocks` can do what `METHODS[method]` does with these options."""
+    if method == "dare_ties":  # as a mergekit file has it: nothing hangs on other entries
+        return options.get("density") == 1 and options.get("rule") == "mergekit"
+    return method in ("weight_average", "task_arithmetic", "dare_task_arithmetic", "ties")
 
 
 def merge_blocks(method: str, blocks: Blocks, **options: Any) -> Iterator[MergedBlock]:
     """(entries, block, merged entries), the values of `METHODS[method]`, block by block.
 
-    Some entries may come once more at the end, without their block. For those `IN_BLOCKS`, with
-    checked options.
+    Some entries may come once more at the end, without their block. For what `merges_in_blocks`,
+    with checked options; DARE draws for each expert by a generator of its own, block after block
+    what it would draw at once.
     """
     if method == "ties":
         yield from ties_blocks(blocks, **options)

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from cases import generators
 
 from optmerge_core import METHODS, merge
 from optmerge_core.methods.blocks import Blocks, kth_smallest
-from optmerge_core.methods.registry import IN_BLOCKS, merge_blocks
+from optmerge_core.methods.registry import merge_blocks, merges_in_blocks
 
 
 def stacks():
@@ -66,6 +67,8 @@ def test_a_sample_that_misleads(monkeypatch):
         ("ties", {"density": 0.3}),
         ("ties", {"density": 0.3, "weights": True}),
         ("ties", {"density": 1.0, "normalize": False}),
+        ("dare_task_arithmetic", {"drop_rate": 0.4}),
+        ("dare_ties", {"drop_rate": 0.4, "density": 1.0, "rule": "mergekit", "weights": True}),
         ("ties", {"density": 0.3, "rule": "mergekit"}),
         ("ties", {"density": 0.6, "rule": "mergekit", "weights": True}),
     ],
@@ -74,11 +77,17 @@ def test_blocks_of_any_size_give_the_same_bits(name, method, options):
     stack = STACKS[name]
     if "weights" in options:
         options = options | {"weights": [0.5 + i for i in range(len(stack))]}
-    whole, squares = METHODS[method](stack, **options), torch.zeros(len(stack))
+
+    def chosen():
+        """With DARE's generators as in a merge, one an expert, in their first state."""
+        draws = method.startswith("dare_")
+        return options | ({"generator": generators(*range(len(stack)))} if draws else {})
+
+    whole, squares = METHODS[method](stack, **chosen()), torch.zeros(len(stack))
     for size in (1, 37, 512, 1 << 20) if stack[0].numel() < 100 else (37, 512, 1 << 20):
         merged = torch.full((stack[0].numel(),), torch.nan, dtype=stack.dtype)
         squares.zero_()
-        for entries, block, result in merge_blocks(method, Blocks.of(stack, size), **options):
+        for entries, block, result in merge_blocks(method, Blocks.of(stack, size), **chosen()):
             merged[entries] = result
             if block is not None:
                 squares += block.square().sum(1)
@@ -92,12 +101,24 @@ def test_an_expert_without_a_threshold_is_an_error_and_not_left_out():
 
 
 def test_only_what_is_entrywise_merges_in_blocks():
-    assert set(IN_BLOCKS) == {"weight_average", "task_arithmetic", "ties"} < set(METHODS)
+    assert {m for m in METHODS if merges_in_blocks(m, {})} == {
+        "weight_average", "task_arithmetic", "dare_task_arithmetic", "ties"
+    }  # fmt: skip
+    assert merges_in_blocks("dare_ties", {"density": 1.0, "rule": "mergekit"})
+    assert not merges_in_blocks("dare_ties", {"density": 0.9, "rule": "mergekit"})
+    assert not merges_in_blocks("dare_ties", {"density": 1.0})
 
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("weight_average", {}), ("task_arithmetic", {}), ("ties", {}), ("ties", {"rule": "mergekit"})],
+    [
+        ("weight_average", {}),
+        ("task_arithmetic", {}),
+        ("ties", {}),
+        ("ties", {"rule": "mergekit"}),
+        ("dare_task_arithmetic", {}),
+        ("dare_ties", {"density": 1.0, "rule": "mergekit"}),
+    ],
 )
 def test_small_blocks_write_the_same_bytes(tiny, tmp_path, monkeypatch, method, options):
     chosen = {"method": method, "method_options": options, "scaling_coefficient": 0.7}
