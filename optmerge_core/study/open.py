@@ -25,7 +25,7 @@ class Study(Opened):
     towers, configurations and tokenizers too.
     """
 
-    recipe: Recipe
+    recipe: Recipe = field(kw_only=True)
     specialists: dict[str, Any] = field(default_factory=dict)
 
     def task_vectors(self, device: str = "cpu") -> TaskVectors:
