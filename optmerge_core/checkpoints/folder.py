@@ -126,14 +126,16 @@ class Checkpoint(Weights):
 
     def _read_header(self, file: str) -> list[Entry]:
         path = self.folder / file
-        if path.suffix == ".bin":
-            self._pickles[file] = Pickle(path)
-            return self._pickles[file].header()
         try:
             with open(path, "rb") as stream:
-                return read_header(stream.read(8), stream.read, path.stat().st_size, str(path))
+                if (first := stream.read(8)) == b"version ":
+                    raise CheckpointError(f"{path}: Git LFS's pointer to it; run `git lfs pull`")
+                if path.suffix == ".safetensors":
+                    return read_header(first, stream.read, path.stat().st_size, str(path))
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read ({error}); copy it again") from error
+        self._pickles[file] = Pickle(path)
+        return self._pickles[file].header()
 
     def __getitem__(self, name: str) -> Tensor:
         name = self._own[name]

@@ -114,7 +114,10 @@ def weight_files(
         if files:
             return files, index
     if adapters and not adapter:
-        raise CheckpointError(f"{place} is a PEFT adapter, where a whole model is needed")
+        raise CheckpointError(
+            f"{place} is a PEFT adapter, where a whole model is needed; give its base model "
+            f"(base_model_name_or_path in {ADAPTER_CONFIG})"
+        )
     return adapters[:1] or _no_weights(place, folder, present), {}
 
 

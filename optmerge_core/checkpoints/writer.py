@@ -26,7 +26,17 @@ from optmerge_core.checkpoints.formats import (
     CheckpointError,
 )
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
+WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".gguf",
+)  # fmt: skip
+LEFT_OUT = {
+    "README.md",
+    "merge_report.json",
+    ADAPTER_CONFIG,
+    "trainer_state.json",
+    "zero_to_fp32.py",
+}
+"""of a checkpoint's folder: what is about other weights, or their training"""
 
 
 class CheckpointWriter:
@@ -311,13 +321,12 @@ def _occupied(path: Path) -> bool:
 
 
 def side_files(folder: str | Path) -> list[Path]:
-    """The files of a folder that are not weights, their index, an adapter or a note on a merge.
+    """The files of a checkpoint folder that are neither weights nor their index, nor `LEFT_OUT`.
 
     Raises `CheckpointError` for a link that leads out of the folder (and of the hub cache's
     repository it is in): a published merge must not carry whatever such a link points to.
     """
     folder = Path(folder)
-    skipped = {"README.md", "merge_report.json", ADAPTER_CONFIG}
     files = sorted(
         path
         for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*.jinja"))
@@ -325,7 +334,7 @@ def side_files(folder: str | Path) -> list[Path]:
         and not path.name.startswith(".")
         and path.suffix not in WEIGHT_SUFFIXES
         and not path.name.endswith(".index.json")
-        and path.name not in skipped
+        and path.name not in LEFT_OUT
     )
     inside = [folder.resolve()]
     if inside[0].parent.name == "snapshots":

@@ -206,6 +206,13 @@ def test_a_folder_given_by_mistake_says_what_it_is_and_what_to_give(tmp_path, fi
             open_checkpoint(tmp_path, adapter=adapter)
 
 
+def test_a_pointer_in_place_of_weights_is_named(tmp_path):
+    for file in ("pytorch_model.bin", "model.safetensors"):
+        (tmp_path / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
+        with pytest.raises(CheckpointError, match=f"{file}: Git LFS's pointer to it; run `git lfs"):
+            open_checkpoint(tmp_path)
+
+
 def test_an_empty_path_is_not_the_folder_one_is_in(sharded, monkeypatch):
     monkeypatch.chdir(sharded)
     for path in ("", " "):
@@ -560,6 +567,9 @@ def test_side_files_are_all_but_weights(tiny, tmp_path):
         "optimizer.pt",
         "x.bin",
         "README.md",
+        "adapter_config.json",
+        "trainer_state.json",
+        "random_states_0.pkl",
         ".hidden",
         "pytorch.index.json",
     ):

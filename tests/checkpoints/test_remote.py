@@ -455,6 +455,21 @@ def test_adapters_stream(tiny, web, tmp_path):
     assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
+@pytest.mark.parametrize("shards", [1000, "1MB"])
+def test_streamed_too_whole_weights_are_taken_before_an_adapter(web, tmp_path, shards):
+    folder = tmp_path / "model"
+    with CheckpointWriter(folder, shards, overwrite=True) as writer:
+        for name, tensor in TENSORS.items():
+            writer.add(name, tensor)
+    save_file(
+        {"base_model.model.x.lora_A.weight": torch.ones(2, 3)}, folder / "adapter_model.safetensors"
+    )
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.warns(match=f"{web.url}/model holds an adapter .* beside whole weights, which are"):
+        checkpoint = open_checkpoint(f"{web.url}/model", stream=True, adapter=True)
+    assert same(checkpoint, TENSORS)
+
+
 def test_remote_code_comes_along(single, tmp_path):
     folder = tmp_path / "model"
     auto_map = {"AutoModel": "modeling_x.X", "AutoConfig": "other/repo--configuration_y.Y"}

@@ -267,7 +267,7 @@ DAMAGES = {
     truncated_shard: r"ocr.model-00001-of-0000\d.safetensors: truncated .*copy it again",
     corrupt_header: r"ocr.model-00001-of-0000\d.safetensors: truncated or not a safetensors file",
     header_without_end: r"ocr.model-00001-of-0000\d.safetensors: truncated or not",
-    pointer_of_git_lfs: r"ocr.model-00001-of-0000\d.safetensors: truncated or not",
+    pointer_of_git_lfs: r"ocr.model-00001-of-0000\d.safetensors: Git LFS's pointer to it; run",
     index_outside: rf"{INDEX_NAME}: tensor '{UP}' points to '../secret.* do not trust",
     index_absolute: rf"{INDEX_NAME}: tensor '{UP}' points to '/.* do not trust",
     index_at_a_missing_file: r"model-00009-of-00002.safetensors: missing shard, named in",
