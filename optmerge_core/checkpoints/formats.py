@@ -29,26 +29,30 @@ SHARD = re.compile(r"-\d{1,9}-of-(\d{1,9})\.")
 WEIGHTS_BELOW = re.compile(r"(.+)/[^/]*model[^/]*\.(?:safetensors|bin)")
 OTHER_KINDS = {
     r"\.gguf$": "llama.cpp's format; give the Hugging Face folder that it was made from",
-    r"(?:^|/)zero_to_fp32\.py$|(?:model|optim)_states\.pt$": (
-        "DeepSpeed's training state; run `python zero_to_fp32.py . whole` in the folder that has "
-        "zero_to_fp32.py, and give the folder of these weights with the model's config.json"
-    ),
-    r"\.distcp$": (
-        "FSDP's training state; run `accelerate merge-weights` on the folder of these files, and "
-        "give the folder of its output with the model's config.json"
-    ),
-    r"^consolidated.*\.pth$": (
-        "the authors' own format; give the model's Hugging Face folder, or make it with "
-        "transformers' convert_..._weights_to_hf.py"
-    ),
+    r"(?:^|/)zero_to_fp32\.py$|(?:model|optim)_states\.pt$": "DeepSpeed's training state; run "
+    "`python zero_to_fp32.py . whole` there, and give the folder `whole`, with the model's config",
+    r"\.distcp$": "FSDP's training state; run `accelerate merge-weights` on the folder of these "
+    "files, and give the folder of its output, with the model's config",
+    r"^consolidated.*\.pth$": "the authors' own format; give the model's Hugging Face folder, or "
+    "make it with transformers' convert_..._weights_to_hf.py",
     r"\.ckpt$": "Lightning's; load the model from it and save it with save_pretrained(...)",
-    r"^(?:training_args|optimizer|scheduler|rng_state|trainer_state)\b": (
-        "what a training run keeps beside its weights; give the folder where these were saved"
-    ),
+    r"^(?:training_args|optimizer|scheduler|rng_state|trainer_state)\b": "what a training run "
+    "keeps beside its weights; give the folder where these were saved",
 }
 """files that tell what a folder without weights is -> what that is, and what to give"""
 SIDE_PATTERNS = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py"]
 PICKLE_PATTERNS = ["pytorch_model*.bin", "adapter_model.bin"]
+WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".gguf",
+)  # fmt: skip
+LEFT_OUT = {
+    "README.md",
+    "merge_report.json",
+    ADAPTER_CONFIG,
+    "trainer_state.json",
+    "zero_to_fp32.py",
+}
+"""of a checkpoint's folder: what is about other weights, or their training"""
 STORED_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -138,6 +142,35 @@ def _no_weights(place: str, folder: Path, present: Collection[str]) -> NoReturn:
         f"{place}: no safetensors weights, {also}; convert the model to safetensors with "
         "from_pretrained(...).save_pretrained(...)"
     )
+
+
+def side_files(folder: str | Path) -> list[Path]:
+    """The files of a checkpoint folder that are neither weights nor their index, nor `LEFT_OUT`.
+
+    Raises `CheckpointError` for a link that leads out of the folder (and of the hub cache's
+    repository it is in): a published merge must not carry whatever such a link points to.
+    """
+    folder = Path(folder)
+    files = sorted(
+        path
+        for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*.jinja"))
+        if (path.is_file() or path.is_symlink() and not path.exists())
+        and not path.name.startswith(".")
+        and path.suffix not in WEIGHT_SUFFIXES
+        and not path.name.endswith(".index.json")
+        and path.name not in LEFT_OUT
+    )
+    inside = [folder.resolve()]
+    if inside[0].parent.name == "snapshots":
+        inside.append(inside[0].parents[1] / "blobs")
+    for path in files:
+        target = path.resolve()
+        if not any(target.is_relative_to(own) for own in inside) or not target.is_file():
+            raise CheckpointError(
+                f"{path} is a link to {target}, which is outside this checkpoint or missing; put "
+                "the file itself there if it belongs to the model, or remove the link"
+            )
+    return files
 
 
 def read_index(path: Path, place: str) -> dict[str, str]:

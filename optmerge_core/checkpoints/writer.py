@@ -20,23 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from optmerge_core.checkpoints.formats import (
-    ADAPTER_CONFIG,
     INDEX_NAME,
     SINGLE_NAME,
     CheckpointError,
+    side_files,
 )
-
-WEIGHT_SUFFIXES = (
-    ".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".gguf",
-)  # fmt: skip
-LEFT_OUT = {
-    "README.md",
-    "merge_report.json",
-    ADAPTER_CONFIG,
-    "trainer_state.json",
-    "zero_to_fp32.py",
-}
-"""of a checkpoint's folder: what is about other weights, or their training"""
 
 
 class CheckpointWriter:
@@ -318,35 +306,6 @@ def check_output(
 def _occupied(path: Path) -> bool:
     """Whether something is there; an empty folder is as good as none."""
     return path.exists() and not (path.is_dir() and not any(path.iterdir()))
-
-
-def side_files(folder: str | Path) -> list[Path]:
-    """The files of a checkpoint folder that are neither weights nor their index, nor `LEFT_OUT`.
-
-    Raises `CheckpointError` for a link that leads out of the folder (and of the hub cache's
-    repository it is in): a published merge must not carry whatever such a link points to.
-    """
-    folder = Path(folder)
-    files = sorted(
-        path
-        for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*.jinja"))
-        if (path.is_file() or path.is_symlink() and not path.exists())
-        and not path.name.startswith(".")
-        and path.suffix not in WEIGHT_SUFFIXES
-        and not path.name.endswith(".index.json")
-        and path.name not in LEFT_OUT
-    )
-    inside = [folder.resolve()]
-    if inside[0].parent.name == "snapshots":
-        inside.append(inside[0].parents[1] / "blobs")
-    for path in files:
-        target = path.resolve()
-        if not any(target.is_relative_to(own) for own in inside) or not target.is_file():
-            raise CheckpointError(
-                f"{path} is a link to {target}, which is outside this checkpoint or missing; put "
-                "the file itself there if it belongs to the model, or remove the link"
-            )
-    return files
 
 
 def parse_size(name: str, size: int | str) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from optmerge_core.checkpoints.writer import side_files
+from optmerge_core.checkpoints.formats import side_files
 
 FOLDER = "OPTMERGE_ANSWERS"
 DECIDING = ("torch", "transformers", "tokenizers", "numpy", "pillow")

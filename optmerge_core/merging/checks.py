@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from optmerge_core.checkpoints.formats import dtype_name
+from optmerge_core.checkpoints.formats import dtype_name, side_files
 from optmerge_core.checkpoints.weights import Weights
-from optmerge_core.checkpoints.writer import side_files
 from optmerge_core.methods.registry import check_options
 from optmerge_core.runtime import FLOAT_DTYPES, in_order
 

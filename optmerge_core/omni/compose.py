@@ -13,10 +13,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optmerge_core.checkpoints.formats import dtype_name
+from optmerge_core.checkpoints.formats import dtype_name, side_files
 from optmerge_core.checkpoints.names import EMBEDDINGS, HEAD
 from optmerge_core.checkpoints.weights import Weights
-from optmerge_core.checkpoints.writer import CheckpointWriter, check_output, side_files
+from optmerge_core.checkpoints.writer import CheckpointWriter, check_output
 from optmerge_core.merging.card import omni_card
 from optmerge_core.merging.checks import (
     check_finite_tensor,

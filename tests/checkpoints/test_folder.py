@@ -15,10 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from optmerge_core.checkpoints import pickles
-from optmerge_core.checkpoints.formats import INDEX_NAME, CheckpointError
+from optmerge_core.checkpoints.formats import INDEX_NAME, CheckpointError, side_files
 from optmerge_core.checkpoints.open import open_checkpoint, open_expert
 from optmerge_core.checkpoints.weights import as_weights
-from optmerge_core.checkpoints.writer import CheckpointWriter, parse_size, side_files
+from optmerge_core.checkpoints.writer import CheckpointWriter, parse_size
 
 TENSORS = {
     "b": torch.arange(6.0).view(2, 3),

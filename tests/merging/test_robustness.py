@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 
 from optmerge_core import merge_adapters
 from optmerge_core.__main__ import main
-from optmerge_core.checkpoints.formats import INDEX_NAME, CheckpointError
+from optmerge_core.checkpoints.formats import INDEX_NAME, CheckpointError, side_files
 from optmerge_core.checkpoints.open import open_checkpoint
-from optmerge_core.checkpoints.writer import CheckpointWriter, side_files
+from optmerge_core.checkpoints.writer import CheckpointWriter
 from optmerge_core.merging.merge import merge
 from optmerge_core.methods.registry import METHODS
 from optmerge_core.study.recipe import load_recipe
