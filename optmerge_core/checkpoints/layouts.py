@@ -18,7 +18,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from optmerge_core.checkpoints.names import bare
+from optmerge_core.checkpoints.names import any_words
 from optmerge_core.checkpoints.weights import Renamed, Weights
 
 _EXPERTS = re.compile(
@@ -112,7 +112,7 @@ def _mixtures(weights: Weights) -> dict[Key, str]:
     for name in weights:
         match = _EXPERTS.fullmatch(name)
         if match and (kinds := _KINDS.get(match["one"] or match["fused"])):
-            block = re.sub(r"\bblock_sparse_moe$", "mlp", bare(match["block"]))
+            block = any_words(f"{match['block']}.experts")
             found[block, kinds, int(match["number"]) if match["number"] else None] = name
     return found
 

@@ -23,6 +23,13 @@ TOWER = re.compile(
 """a word of what feeds a language model: a tower of another modality, or its connector"""
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 """in a language model's own checkpoint"""
+MIXTURES = {
+    ".block_sparse_moe.": ".mlp.",  # Mixtral, MiniMax, GraniteMoe
+    **{".input_linear.weight": ".experts.gate_up_proj", ".router.layer.": ".router."},
+    **{".output_linear.weight": ".experts.down_proj", ".gate.moe_statics.": ".moe_statics."},
+    "backbone.": "",  # NemotronH
+}
+"""words of a mixture's published files -> transformers 5's in memory, or what stands for either"""
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks|h)(\.(?P<number>\d+)\..+)")
 _LANGUAGE = re.compile(r"layers\.\d+\..+|embed_tokens\.weight|norm\.weight")
@@ -54,19 +61,25 @@ def unwrapped(names: Collection[str]) -> dict[str, str]:
     return found
 
 
+def any_words(name: str) -> str:
+    """A bare name, with one of the two words that `MIXTURES` has for a thing."""
+    name = bare(name)
+    for word, other in MIXTURES.items():
+        name = name.replace(word, other)
+    return name
+
+
 def other_names(ours: Collection[str], theirs: Collection[str]) -> dict[str, str]:
     """Our name -> their name, for the parameters that only another naming keeps apart.
 
     Names that both have stay; the others are the same if their bare names are equal, and no third
-    name's is. transformers 5 calls Mixtral's `block_sparse_moe` `mlp`, as all other mixtures'.
+    name's is; of mixtures of experts, `any_words` of either.
     """
 
-    def key(name: str) -> str:
-        return bare(name).replace(".block_sparse_moe.", ".mlp.")
-
     def unique(names: Collection[str], but: Collection[str]) -> dict[str, str]:
-        times = Counter(map(key, names))
-        return {key(name): name for name in names if times[key(name)] == 1 and name not in but}
+        keys = {name: any_words(name) for name in names}
+        times = Counter(keys.values())
+        return {key: name for name, key in keys.items() if times[key] == 1 and name not in but}
 
     mine, others = unique(ours, theirs), unique(theirs, ours)
     return {name: others[same] for same, name in mine.items() if same in others}

@@ -7,7 +7,8 @@ trained with others may do less well in it, which nothing else shows: each is wo
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ GENERATION = {
 def differences(base: Weights, experts: Mapping[str, Weights]) -> list[str]:
     """A sentence for each way in which experts (name -> weights) are prompted otherwise."""
     owners: dict[str, list[str]] = {}
+    tokens = cache(_tokens)  # a large file, of the base the same each time
     for name, expert in experts.items():
         if base.folder is None or expert.folder is None:
             continue
         for text in (
-            _tokens_differ(base.folder, expert.folder),
+            _tokens_differ(base.folder, expert.folder, tokens),
             _templates_differ(base.folder, expert.folder),
             _generation_differs(base.folder, expert.folder),
         ):
@@ -40,10 +42,14 @@ def differences(base: Weights, experts: Mapping[str, Weights]) -> list[str]:
     ]
 
 
-def _tokens_differ(base: Path, expert: Path) -> str | None:
+Tokens = tuple[set[str], set[str]]
+"""The vocabulary, as far as JSON tells it, and the tokens that were added to it."""
+
+
+def _tokens_differ(base: Path, expert: Path, tokens: Callable[[Path], Tokens]) -> str | None:
     if all(_same(base / x, expert / x) for x in ("tokenizer.json", "added_tokens.json")):
         return None
-    (ours, added), (theirs, more) = _tokens(base), _tokens(expert)
+    (ours, added), (theirs, more) = tokens(base), tokens(expert)
     new = more - added - ours if ours or added else set()
     new |= theirs - ours - added if ours else set()
     if not new:
@@ -55,8 +61,7 @@ def _tokens_differ(base: Path, expert: Path) -> str | None:
     )
 
 
-def _tokens(folder: Path) -> tuple[set[str], set[str]]:
-    """The vocabulary, as far as JSON tells it, and the tokens that were added to it."""
+def _tokens(folder: Path) -> Tokens:
     content = _json(folder / "tokenizer.json")
     model = content.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None

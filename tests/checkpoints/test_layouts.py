@@ -30,6 +30,14 @@ CLASSES = {
     "OlmoeForCausalLM": {"num_experts": 3},
     "DeepseekV3ForCausalLM": DEEPSEEK,
 }
+RENAMED = {  # other words alone, or no gates
+    "GraniteMoeForCausalLM": {"num_local_experts": 3},
+    "Ernie4_5_MoeForCausalLM": {"moe_num_experts": 3, "moe_layer_start_index": 0, "moe_k": 1},
+    "NemotronHForCausalLM": {
+        "n_routed_experts": 3, "layers_block_type": ["moe", "attention"], "head_dim": 8,
+        "moe_shared_expert_intermediate_size": 8, "num_hidden_layers": 2,
+    },
+}  # fmt: skip
 LAYOUTS = ("one by one", "fused", "turned")
 DOWN, GATE_UP = (f"model.layers.0.mlp.experts.{x}_proj" for x in ("down", "gate_up"))
 
@@ -38,7 +46,7 @@ def make(name, seed):
     model_class = getattr(transformers, name)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return model_class(model_class.config_class(**TEXT | CLASSES[name]))
+        return model_class(model_class.config_class(**TEXT | (CLASSES | RENAMED)[name]))
 
 
 def save(model, folder, layout):
@@ -52,8 +60,11 @@ def save(model, folder, layout):
     return folder
 
 
-@pytest.mark.parametrize(("theirs", "ours"), list(permutations(LAYOUTS, 2)))
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize(
+    ("name", "theirs", "ours"),
+    [(name, *pair) for name in CLASSES for pair in permutations(LAYOUTS, 2)]
+    + [(name, *pair) for name in RENAMED for pair in permutations(LAYOUTS[:2])],
+)
 def test_an_expert_in_any_layout_has_the_bases(tmp_path, name, theirs, ours):
     expert = make(name, 1)
     base = open_checkpoint(save(make(name, 0), tmp_path / "base", ours))
