@@ -104,6 +104,34 @@ def test_a_merge_of_two_layouts_is_that_of_one(tmp_path, name, theirs, ours, sco
         torch.testing.assert_close(model.state_dict()[GATE_UP], start + total)
 
 
+@pytest.mark.filterwarnings("ignore:.*tensors hold the matrices of a mixture of experts")
+def test_a_published_qwen3_vl_moe_merges_with_what_transformers_5_saved_of_it(tmp_path):
+    """Published files have outputs last; transformers reads both and saves the other."""
+    text = TEXT | {"num_experts": 3, "head_dim": 8}
+    text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}
+    vision = {
+        "depth": 1, "hidden_size": 16, "out_hidden_size": 16, "num_heads": 2, "patch_size": 4,
+        "intermediate_size": 12, "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
+    }  # fmt: skip
+    config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision)
+    models = {}
+    with torch.random.fork_rng():
+        for seed, name in enumerate(("base", "a", "b")):
+            torch.manual_seed(seed)
+            models[name] = transformers.Qwen3VLMoeForConditionalGeneration(config)
+            models[name].save_pretrained(tmp_path / name)
+    path = tmp_path / "base" / "model.safetensors"
+    published = {x: t.mT.contiguous() if t.ndim == 3 else t for x, t in load_file(path).items()}
+    save_file(published, path, metadata={"format": "pt"})
+    experts = {name: tmp_path / name for name in "ab"}
+    merge(tmp_path / "base", experts, tmp_path / "out", method="task_arithmetic", scope="all")
+    merged = type(models["a"]).from_pretrained(tmp_path / "out").state_dict()
+    start, *others = (models[name].state_dict() for name in ("base", "a", "b"))
+    for name, tensor in merged.items():
+        total = sum(other[name] - start[name] for other in others)
+        torch.testing.assert_close(tensor, start[name] + total, msg=name)
+
+
 def tensors(*names, shape=(4, 3)):
     return {name: torch.randn(shape) for name in names}
 
