@@ -19,6 +19,7 @@ sys.path.insert(0, str(FOLDER))
 CALLS = {
     "layer": ["--scales", "0.05", "--steps", "3"],
     "models": ["--scale", "0.05"],
+    "mergekit_files": ["--scale", "0.05"],
     "scaling": ["--small"],
     "device": ["--device", "cpu", "--scale", "0.01", "--methods", "ties", "optmerge"],
 }

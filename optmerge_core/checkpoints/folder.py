@@ -44,17 +44,17 @@ class Digest:
         """Go on up to a byte of the file, unless another thread is at it."""
         if self._lock.acquire(blocking=False):
             try:
-                self._go_on(end)
+                self._hash_to(end)
             finally:
                 self._lock.release()
 
     def finish(self) -> str:
         """Go on to the end: the digest in hexadecimal."""
         with self._lock:
-            self._go_on(sys.maxsize)
+            self._hash_to(sys.maxsize)
             return self._hash.hexdigest()
 
-    def _go_on(self, end: int) -> None:
+    def _hash_to(self, end: int) -> None:
         if self._bytes >= end:
             return
         piece = memoryview(bytearray(PIECE))

@@ -1,14 +1,15 @@
 """Merges from disk to disk, at the shapes of real models: seconds, memory, and the floor.
 
-`python tests/benchmarks/models.py [--cases optmerge-1b adapters-7b task-arithmetic ties]
-[--scale 1.0] [--folder DIR]` writes random checkpoints (a low-rank signal and noise), merges them,
-removes them and prints a table. The floor is reading every input once and writing the result, at
+`python tests/benchmarks/models.py [--cases optmerge-1b adapters-7b] [--scale 1.0]
+[--folder DIR]` writes random checkpoints (a low-rank signal and noise), merges them, removes them
+and prints a table. The floor is reading every input once and writing the result, at
 the measured rate of this disk (or page cache), and the products of the formulas at the
-measured matmul rate. Where the package `mergekit` is installed it merges the same files beside us.
+measured matmul rate. mergekit_files.py has the methods that mergekit has.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -84,7 +85,7 @@ def bytes_of(*folders):
 
 
 def reading_and_writing(folder, inputs, output):
-    """Seconds to read the inputs once and to write a file of the output's size."""
+    """Seconds to read the inputs once and to write a file of the output's size to the disk."""
     started = time.perf_counter()
     for name in inputs:
         for file in (folder / name).glob("*.safetensors"):
@@ -94,6 +95,8 @@ def reading_and_writing(folder, inputs, output):
     with open(folder / "written", "wb") as stream:
         for _ in range(bytes_of(folder / output) // len(block)):
             stream.write(block)
+        stream.flush()
+        os.fsync(stream.fileno())
     (folder / "written").unlink()
     return time.perf_counter() - started
 
@@ -112,7 +115,7 @@ print(json.dumps({{"(s)": seconds, "(GB)": peak / 1e9}} | shares.read()))
 """
 
 
-def measured(code, *arguments):
+def measured(code, *arguments, python=sys.executable):
     """What code takes in a process of its own, imports not counted.
 
     (s); (GB), the peak of resident memory; and the shares of time that shares.py tells, in (%).
@@ -120,7 +123,7 @@ def measured(code, *arguments):
     imports, code = code.split("\n---\n")
     script = imports + MEASURE.format(code=code, folder=str(Path(__file__).parent))
     run = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True
+        [python, "-c", script, *map(str, arguments)], capture_output=True, text=True
     )
     if run.returncode:
         raise RuntimeError(run.stderr[-2000:])
@@ -141,7 +144,7 @@ from optmerge_core import merge
 folder = Path(sys.argv[1])
 experts = {f.name: f for f in sorted(folder.glob("expert*"))}
 merge(folder / "base", experts, folder / "ours", method=sys.argv[2],
-      method_options=json.loads(sys.argv[3]), scope=sys.argv[4], device="cpu", overwrite=True)
+      method_options=json.loads(sys.argv[3]), device="cpu", overwrite=True)
 """
 ADAPTERS = """
 import sys
@@ -152,32 +155,6 @@ folder = Path(sys.argv[1])
 experts = {f.name: f for f in sorted(folder.glob("expert*"))}
 merge_adapters(experts, folder / "ours", method="optmerge")
 """
-MERGEKIT = """
-import sys
-import yaml
-from mergekit.config import MergeConfiguration
-from mergekit.merge import MergeOptions, run_merge
----
-run_merge(MergeConfiguration.model_validate(yaml.safe_load(open(sys.argv[1]))), sys.argv[2],
-          options=MergeOptions(lazy_unpickle=True))
-"""
-
-
-def with_mergekit(folder, method):
-    """The columns of mergekit on the same files, where it is installed; else none."""
-    try:
-        import mergekit  # noqa: F401
-    except ImportError:
-        return {}
-    parameters = {"weight": 1.0} | ({"density": 0.2} if method == "ties" else {})
-    models = [
-        {"model": str(path), "parameters": parameters} for path in sorted(folder.glob("expert*"))
-    ]
-    config = {"merge_method": method, "base_model": str(folder / "base"), "models": models}
-    config |= {"dtype": "bfloat16", "parameters": {"normalize": False}}
-    (folder / "mergekit.yaml").write_text(json.dumps(config))
-    found = measured(MERGEKIT, folder / "mergekit.yaml", folder / "theirs")
-    return {"other": "mergekit", "other (s)": found["(s)"], "other (GB)": found["(GB)"]}
 
 
 def released_loop(model, rate):
@@ -189,15 +166,11 @@ def released_loop(model, rate):
 
 def whole_models(case, method, options, model, scale, folder):
     names = write_models(folder, model, scale)
-    scope = "linear" if method == "optmerge" else "all"  # as mergekit
-    spent = ours(OURS, folder, method, json.dumps(options), scope)
+    spent = ours(OURS, folder, method, json.dumps(options))
     floor, rate = reading_and_writing(folder, names, "ours"), matmul_rate()
-    if method == "optmerge":
-        shapes = linear_shapes(model, scale).values()
-        floor += sum(floor_flops(shape, "lora", 300) for shape in shapes) / rate
+    shapes = linear_shapes(model, scale).values()
+    floor += sum(floor_flops(shape, "lora", 300) for shape in shapes) / rate
     row = {"case": case, "floor (s)": floor} | spent
-    if method in ("task_arithmetic", "ties"):
-        return row | with_mergekit(folder, method)
     return row | (released_loop(model, rate) if scale == 1 else {})
 
 
@@ -220,10 +193,6 @@ CASES = {
     "adapters-7b": lambda s, f: adapters(
         "Qwen2-VL-7B, 5 adapters of rank 16 to one, OptMerge", QWEN2VL_7B, s, f
     ),
-    "task-arithmetic": lambda s, f: whole_models(
-        "six 0.75 GB models, Task Arithmetic", "task_arithmetic", {}, HALF_B, s, f
-    ),
-    "ties": lambda s, f: whole_models("six 0.75 GB models, TIES", "ties", {}, HALF_B, s, f),
 }  # fmt: skip
 
 

@@ -122,7 +122,7 @@ def test_inputs_are_hashed_while_they_are_read(tiny, tmp_path, monkeypatch):
     def waiting(self, end):
         """As `advance`, which another thread at the same file would make do nothing."""
         with self._lock:
-            hashed.append(self._go_on(end))
+            hashed.append(self._hash_to(end))
 
     monkeypatch.setattr(Digest, "finish", recorded)
     monkeypatch.setattr(Digest, "advance", waiting)
