@@ -205,7 +205,10 @@ LORA = {
     for layer in range(2)
     for side, shape in (("A", (2, 3)), ("B", (4, 2)))
 }
-SETTINGS = {"peft_type": "LORA", "lora_alpha": 4, "r": 2, "use_rslora": False}
+SETTINGS = {
+    "peft_type": "LORA", "lora_alpha": 4, "r": 2, "use_rslora": False,
+    "target_modules": ["up_proj"],
+}  # fmt: skip
 
 
 @fuzz

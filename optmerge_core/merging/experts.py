@@ -154,7 +154,7 @@ def _compare(
             found.kept[name] = differs
         elif name in agreeing and expert.dtype(name) != base.dtype(name):
             found.dtypes[expert.dtype(name), base.dtype(name)] = None
-        elif not match:
+        elif not match and name not in (expert.changes or ()):  # these have a notice of their own
             found.outside.append(differs)
     return found
 

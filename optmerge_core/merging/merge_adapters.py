@@ -19,8 +19,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
-from optmerge_core.checkpoints.adapters import CONFIG_NAME, PREFIX, Factors
+from optmerge_core.checkpoints import HUB_ID
+from optmerge_core.checkpoints.adapters import CONFIG_NAME, Adapter, Factors
 from optmerge_core.checkpoints.formats import ADAPTER_NAME, CheckpointError
+from optmerge_core.checkpoints.names import PREFIX
 from optmerge_core.checkpoints.open import open_checkpoint
 from optmerge_core.checkpoints.writer import CheckpointWriter, check_output
 from optmerge_core.merging.card import adapter_card
@@ -36,6 +38,8 @@ from optmerge_core.methods.optmerge import PRESETS
 from optmerge_core.methods.registry import METHODS
 from optmerge_core.runtime import Meter, in_order
 
+HANDED_ON = ("task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version")
+"""of the settings; all others are PEFT's defaults, which hold for any sum of factors"""
 ENTRYWISE = "works on single entries, which leaves the span of the factors"
 IMPOSSIBLE = dict.fromkeys(("ties", "dare_task_arithmetic", "dare_ties"), ENTRYWISE) | {
     "aswudi": "counts directions that no expert uses"
@@ -49,6 +53,7 @@ def merge_adapters(
     method: str = "optmerge",
     method_options: Mapping[str, Any] | None = None,
     scaling_coefficient: float = 1.0,
+    base_model: str | Path | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Merge PEFT LoRA adapters of one base model into one adapter that PEFT loads.
@@ -56,6 +61,7 @@ def merge_adapters(
     experts: name -> adapter folder or hub id. Equal to `merge` of the same adapters up to rounding.
     Methods: weight_average, task_arithmetic, tsv, iso_c, swudi, and with SGD or ridge wudi and
     optmerge (preset lora unless told otherwise). The others raise `ValueError`, which says why.
+    base_model: folder or hub id, needed where an adapter began by changing it (PiSSA, OLoRA).
     Returns the folder: adapter_model.safetensors (float32) and adapter_config.json, scale 1, with
     merge_report.json and a model card.
     """
@@ -63,15 +69,12 @@ def merge_adapters(
     check_request(experts, method, options, scaling_coefficient, "tensor")
     check_possible(method, options)
     check_output(output_dir, overwrite=overwrite)
-    opened = {n: Factors(open_checkpoint(x, adapter=True)) for n, x in experts.items()}
+    opened = _opened(experts, base_model)
     shapes = _common_shapes(opened, Path(output_dir))
-    ranks = {
-        module: min(sum(f.rank(module) for f in opened.values() if module in f), *shape)
-        for module, shape in shapes.items()
-    }
+    ranks = {m: min(sum(f.rank(m) for f in opened.values() if m in f), *shapes[m]) for m in shapes}
     rank, records = max(ranks.values()), []
 
-    def result(module: str) -> tuple[Tensor, Tensor, Record]:
+    def result(module: str) -> tuple[dict[str, Tensor], Record]:
         """Factors of one rank for all modules, as PEFT wants them: smaller ones padded by 0."""
         own = {name: factors.get(module) for name, factors in opened.items()}
         for name, factor in [(name, x) for name, pair in own.items() for x in pair or ()]:
@@ -83,40 +86,63 @@ def merge_adapters(
             expert_norms={n: product_norm(*pair) if pair else 0.0 for n, pair in own.items()},
         )  # fmt: skip
         missing = rank - ranks[module]
-        return pad(b, (0, missing)).contiguous(), pad(a, (0, 0, 0, missing)).contiguous(), made
+        factors = {"lora_A": pad(a, (0, 0, 0, missing)), "lora_B": pad(b, (0, missing))}
+        return factors | _stored_head(opened, module), made
 
     progress = tqdm(shapes, desc=f"merging adapters ({method})", unit="module")
     with CheckpointWriter(output_dir, 2**63, overwrite=overwrite, single=ADAPTER_NAME) as writer:
-        for module, (b, a, made) in zip(progress, in_order(result, shapes), strict=True):
-            writer.add(f"{PREFIX}{module}.lora_A.weight", a)
-            writer.add(f"{PREFIX}{module}.lora_B.weight", b)
+        for module, (tensors, made) in zip(progress, in_order(result, shapes), strict=True):
+            for name, tensor in tensors.items():
+                writer.add(f"{PREFIX}{module}.{name}.weight", tensor.contiguous())
             records.append(made)
-        weights, settings = writer.digests(), _settings(opened, rank)
+        digests, settings = writer.digests(), _settings(opened, rank)
         writer.write_text(CONFIG_NAME, json.dumps(settings, indent=2) + "\n")
         report = MergeReport(
             output_dir=str(output_dir), method=method, method_options=options,
             scaling_coefficient=scaling_coefficient, base_model=_base_model(settings),
             experts={n: describe(experts[n], factors.weights) for n, factors in opened.items()},
-            parameters=records, weights=weights, **meter.read(),
+            parameters=records, weights=digests, **meter.read(),
         )  # fmt: skip
         writer.write_text("merge_report.json", report.to_json())
         writer.write_text("README.md", adapter_card(report))
     return Path(output_dir)
 
 
+def _opened(experts: Mapping[str, str | Path], base_model: str | Path | None) -> dict[str, Factors]:
+    weights = {name: open_checkpoint(expert, adapter=True) for name, expert in experts.items()}
+    if base_model is None:
+        return {name: Factors(adapter) for name, adapter in weights.items()}
+    base = open_checkpoint(base_model)
+    return {name: Adapter(adapter, base).factors for name, adapter in weights.items()}
+
+
 def _settings(opened: Mapping[str, Factors], rank: int) -> dict[str, Any]:
     """adapter_config.json: the first adapter's, with scale 1 and what is now of all modules."""
     modules = list(dict.fromkeys(module for factors in opened.values() for module in factors))
-    return next(iter(opened.values())).settings | {
-        "r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
-        "target_modules": modules, "exclude_modules": None, "layers_to_transform": None,
-        "layers_pattern": None, "inference_mode": True,
+    first = next(iter(opened.values())).settings.values
+    return {key: first.get(key) for key in HANDED_ON} | {
+        "peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": modules,
+        "inference_mode": True,
     }  # fmt: skip
+
+
+def _stored_head(opened: Mapping[str, Factors], module: str) -> dict[str, Tensor]:
+    """The base's weight, as PEFT saves it beside a head's factors: that of all who have it."""
+    stored = {n: f.stored(module) for n, f in opened.items() if module in f}
+    heads = [(name, tensor) for name, tensor in stored.items() if tensor is not None]
+    for name, tensor in heads:
+        if opened[name].settings.start or not torch.equal(tensor, heads[0][1]):
+            raise CheckpointError(
+                f"{module}: expert {name} has its base's weight beside the factors, unlike the "
+                f"base's own or that of expert {heads[0][0]}; merge with the base model (merge)"
+            )
+    return {"base_layer": heads[0][1]} if heads else {}
 
 
 def _base_model(settings: Mapping[str, Any]) -> dict[str, Any]:
     location = str(settings.get("base_model_name_or_path") or "not named")
-    return {"location": location, "revision": settings.get("revision"), "sha256": {}}
+    revision = settings.get("revision") if HUB_ID.fullmatch(location) else None
+    return {"location": location, "revision": revision, "sha256": {}}
 
 
 def check_possible(method: str, options: Mapping[str, Any]) -> None:

@@ -346,7 +346,8 @@ def test_pickled_adapters_open(tmp_path):
         f"{name}.lora_B.weight": torch.ones(4, 2),
     }
     torch.save(factors, tmp_path / "adapter_model.bin")
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 4}')
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["up_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     base = tmp_path / "base"
     base.mkdir()
     torch.save({"layers.0.up_proj.weight": torch.zeros(4, 3)}, base / "pytorch_model.bin")

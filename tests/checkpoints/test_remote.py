@@ -439,7 +439,7 @@ def test_adapters_stream(tiny, web, tmp_path):
         {f"base_model.model.{module}.lora_{side}.weight": x for side, x in factors.items()},
         folder / "adapter_model.safetensors",
     )
-    settings = {"peft_type": "LORA", "lora_alpha": 8, "r": 4}
+    settings = {"peft_type": "LORA", "lora_alpha": 8, "r": 4, "target_modules": ["up_proj"]}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     base = open_checkpoint(tiny.base)
     adapter = open_expert(f"{web.url}/model", base, stream=True)

@@ -5,11 +5,13 @@ import shutil
 
 import pytest
 import torch
-from lora import make_adapter, make_lora_family, tiny_model
-from peft import PeftModel
+from lora import LINEAR, make_adapter, make_lora_family, tiny_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from optmerge_core import METHODS, merge, merge_adapters, open_checkpoint
-from optmerge_core.checkpoints.adapters import Factors
+from optmerge_core.checkpoints.adapters import PREFIX, Factors
+from optmerge_core.checkpoints.formats import CheckpointError
 from optmerge_core.checkpoints.open import open_expert
 from optmerge_core.merging.families import mergeable
 from optmerge_core.merging.loop import merge_tensors
@@ -159,3 +161,64 @@ def test_an_adapter_is_not_overwritten_by_its_own_merge(family, tmp_path):
         with pytest.raises(ValueError, match=r"(holds|is inside) expert e1: choose another"):
             merge_adapters(experts, output, method="weight_average", overwrite=True)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def start_adapter(folder, how, **settings):
+    """An adapter that began by changing its base's weights, and was trained a little."""
+    config = {"r": 2, "target_modules": LINEAR, "init_lora_weights": how} | settings
+    model = get_peft_model(tiny_model(), LoraConfig(**config))
+    generator = torch.Generator().manual_seed(len(how))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "iso_c"])
+def test_adapters_that_began_by_changing_their_base(family, tmp_path, method):
+    base, experts = family
+    started = {how: start_adapter(tmp_path / how, how) for how in ("pissa", "olora")}
+    experts = {"plain": experts["e0"]} | started
+    with pytest.raises(CheckpointError, match=r"began by changing .*'pissa'\); give that as base"):
+        merge_adapters(experts, tmp_path / "out", method=method)
+    assert not (tmp_path / "out").exists()
+    folder = merge_adapters(experts, tmp_path / "out", method=method, base_model=base)
+    merge(base, experts, tmp_path / "dense", method=method)
+    dense = open_checkpoint(tmp_path / "dense")
+    model = PeftModel.from_pretrained(tiny_model(), folder).merge_and_unload().state_dict()
+    for name in dense:
+        torch.testing.assert_close(model[name], dense[name], atol=1e-6, rtol=1e-5)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert settings["r"] == 3 + 2 * 2 + 2 * 2
+
+
+def test_no_setting_of_an_experts_training_is_handed_on(family, tmp_path):
+    base, _ = family
+    odd = {"lora_dropout": 0.5, "use_rslora": True, "layers_to_transform": [0], "revision": "main"}
+    experts = {"odd": start_adapter(tmp_path / "odd", "pissa", **odd)}
+    folder = merge_adapters(experts, tmp_path / "out", method="weight_average", base_model=base)
+    config, plain = LoraConfig.from_pretrained(folder).to_dict(), LoraConfig().to_dict()
+    changed = {field for field in config if config[field] != plain[field]}
+    named = {
+        "auto_mapping",
+        "revision",
+        "base_model_name_or_path",
+        "peft_version",
+        "inference_mode",
+    }
+    assert changed - named == {"r", "lora_alpha", "target_modules"}
+
+
+@pytest.mark.filterwarnings("ignore:(Model with|Model has|Setting `save_emb):UserWarning")
+def test_a_heads_weight_that_all_adapters_have_is_kept(tmp_path):
+    experts = {n: make_adapter(tmp_path / n, 1, target_modules=["lm_head"]) for n in "ab"}
+    folder = merge_adapters(experts, tmp_path / "out", method="weight_average")
+    head = f"{PREFIX}lm_head.base_layer.weight"
+    kept = load_file(folder / "adapter_model.safetensors")[head]
+    assert torch.equal(kept, tiny_model().lm_head.weight)
+    path = experts["b"] / "adapter_model.safetensors"
+    save_file(load_file(path) | {head: kept + 1}, path)
+    with pytest.raises(CheckpointError, match="lm_head: expert b has its base's weight beside"):
+        merge_adapters(experts, tmp_path / "other", method="weight_average")
+    assert not (tmp_path / "other").exists()

@@ -171,7 +171,7 @@ def write_adapter(folder, module=MODULE, shape=(48, 32), **settings) -> None:
     prefix = f"base_model.model.{module}.lora_"
     factors = {"A.weight": torch.ones(2, shape[1]), "B.weight": torch.ones(shape[0], 2)}
     save_file({prefix + k: v for k, v in factors.items()}, folder / "adapter_model.safetensors")
-    content = {"peft_type": "LORA", "lora_alpha": 4, "r": 2} | settings
+    content = {"peft_type": "LORA", "lora_alpha": 4, "r": 2, "target_modules": [module]} | settings
     (folder / "adapter_config.json").write_text(json.dumps(content))
 
 
