@@ -74,17 +74,19 @@ Pattern = list[tuple[str, float]]
 class LoraSettings:
     """adapter_config.json, checked. Raises `CheckpointError` for what is refused or cannot be read.
 
-    Modules are paths as PEFT saw them when it saved the adapter.
+    Modules are paths as PEFT saw them when it saved the adapter. `by_peft`: it is PEFT that merges,
+    which does what it is the remedy for.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, by_peft: bool = False):
+        known = (EXACT, HARMLESS, MERGE) if by_peft else (EXACT, HARMLESS)
         self.path, self.values = path, read_json(path)
         if (kind := self.values.get("peft_type")) != "LORA":
             raise CheckpointError(f"{path}: the adapter is of type {kind}, not LORA; {MERGE}")
         for key, value in self.values.items():
             # A newer PEFT's: what is on is refused; a number says how much of something else.
             unknown = HARMLESS if type(value) in (int, float) else MERGE
-            if value and (remedy := FIELDS.get(key, unknown)) not in (EXACT, HARMLESS):
+            if value and (remedy := FIELDS.get(key, unknown)) not in known:
                 raise CheckpointError(f"{path}: the adapter uses {key}; {remedy}")
         self.start = self._start()
         self.targets = self._get("target_modules", _are_names, TEXTS)

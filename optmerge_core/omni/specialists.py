@@ -28,6 +28,7 @@ from transformers import (
 from optmerge_core.checkpoints.adapters import CONFIG_NAME, parameter_of
 from optmerge_core.checkpoints.folder import Checkpoint
 from optmerge_core.checkpoints.formats import CheckpointError, read_json
+from optmerge_core.checkpoints.lora_settings import LoraSettings
 from optmerge_core.checkpoints.names import (
     EMBEDDINGS,
     HEAD,
@@ -103,7 +104,10 @@ def _of_a_model(
 def _with_adapter(adapter: Checkpoint) -> tuple[PreTrainedModel, Checkpoint]:
     """The specialist that an adapter makes, and its base."""
     path = adapter.folder / CONFIG_NAME
-    given = read_json(path).get("base_model_name_or_path") or ""
+    settings = read_json(path)
+    if settings.get("peft_type") == "LORA":
+        LoraSettings(path, by_peft=True)
+    given = settings.get("base_model_name_or_path") or ""
     beside = adapter.folder / given
     try:
         base = open_checkpoint(beside if given and beside.is_dir() else given)

@@ -329,7 +329,9 @@ def test_an_adapter_with_a_larger_vocabulary(family, tmp_path, settings):
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"alora_invocation_tokens": [1]}, "adapter.*aLoRA"),
+        ({"alora_invocation_tokens": [1]}, "the adapter uses alora_invocation_tokens; it acts on"),
+        ({"layer_replication": [[0, 2]]}, "the adapter uses layer_replication; its model has"),
+        ({"init_lora_weights": "pissa_niter_4"}, "config.json: init_lora_weights 'pissa_niter_4'"),
         ({"r": 3}, r"PEFT cannot merge this adapter into \S+vision \(.*size mismatch for "),
         ({"target_modules": ["nothing"]}, "PEFT cannot merge .*not found in the base model"),
         ({"target_modules": ["down_proj"]}, "PEFT cannot merge .*Found missing adapter keys"),
