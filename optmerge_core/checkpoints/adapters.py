@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from optmerge_core.checkpoints.folder import Checkpoint
-from optmerge_core.checkpoints.formats import CheckpointError
+from optmerge_core.checkpoints.formats import ADAPTER_CONFIG, CheckpointError
 from optmerge_core.checkpoints.lora_settings import MERGE, LoraSettings
 from optmerge_core.checkpoints.names import (
     PREFIX,
@@ -26,7 +26,6 @@ from optmerge_core.checkpoints.names import (
 )
 from optmerge_core.checkpoints.weights import IN_MEMORY, Weights
 
-CONFIG_NAME = "adapter_config.json"
 KEY = re.compile(
     rf"(?:(?:module|{'|'.join(WRAPPERS)})\.)*{re.escape(PREFIX)}(?P<module>.+)\."
     r"(?:lora_(?P<side>[AB])(?:\.default)?|base_layer)\.weight"
@@ -45,7 +44,12 @@ class Factors(Mapping[str, tuple[Tensor, Tensor]]):
 
     def __init__(self, weights: Checkpoint, base: Weights | None = None):
         self.weights, self.folder, self.base = weights, weights.folder, base
-        self.settings = LoraSettings(self.folder / CONFIG_NAME)
+        if not weights.is_adapter:
+            raise CheckpointError(
+                f"{self.folder} holds whole weights, where an adapter is needed; `merge` takes "
+                "both, with a base model"
+            )
+        self.settings = LoraSettings(self.folder / ADAPTER_CONFIG)
         if self.settings.start and base is None:
             raise CheckpointError(
                 f"{self.settings.path}: the adapter began by changing its base model "
@@ -144,12 +148,12 @@ class Factors(Mapping[str, tuple[Tensor, Tensor]]):
         rank = self.settings.rank(path)
         if a[0] != (min(rank, b[0], a[1]) if self.settings.start else rank):
             raise CheckpointError(
-                f"{where} has factors of rank {a[0]}, and {CONFIG_NAME} says {rank} (r, "
+                f"{where} has factors of rank {a[0]}, and {ADAPTER_CONFIG} says {rank} (r, "
                 "rank_pattern); give the adapter's own file"
             )
         if not self.settings.applies_to(path):
             raise CheckpointError(
-                f"{where} has factors, and {CONFIG_NAME} leaves it out (target_modules, "
+                f"{where} has factors, and {ADAPTER_CONFIG} leaves it out (target_modules, "
                 "exclude_modules, layers_to_transform); PEFT would not load them: give the "
                 "adapter's own file"
             )
@@ -216,7 +220,9 @@ class Adapter(Weights):
         return self.base.dtype(self._own[name])
 
     def file_sizes(self) -> dict[str, int]:
-        return {CONFIG_NAME: (self.folder / CONFIG_NAME).stat().st_size} | self.weights.file_sizes()
+        return {
+            ADAPTER_CONFIG: (self.folder / ADAPTER_CONFIG).stat().st_size
+        } | self.weights.file_sizes()
 
     def sha256(self) -> dict[str, str]:
         return self.weights.sha256()

@@ -20,8 +20,8 @@ from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
 from optmerge_core.checkpoints import HUB_ID
-from optmerge_core.checkpoints.adapters import CONFIG_NAME, Adapter, Factors
-from optmerge_core.checkpoints.formats import ADAPTER_NAME, CheckpointError
+from optmerge_core.checkpoints.adapters import Adapter, Factors
+from optmerge_core.checkpoints.formats import ADAPTER_CONFIG, ADAPTER_NAME, CheckpointError
 from optmerge_core.checkpoints.names import PREFIX
 from optmerge_core.checkpoints.open import open_checkpoint
 from optmerge_core.checkpoints.writer import CheckpointWriter, check_output
@@ -96,7 +96,7 @@ def merge_adapters(
                 writer.add(f"{PREFIX}{module}.{name}.weight", tensor.contiguous())
             records.append(made)
         digests, settings = writer.digests(), _settings(opened, rank)
-        writer.write_text(CONFIG_NAME, json.dumps(settings, indent=2) + "\n")
+        writer.write_text(ADAPTER_CONFIG, json.dumps(settings, indent=2) + "\n")
         report = MergeReport(
             output_dir=str(output_dir), method=method, method_options=options,
             scaling_coefficient=scaling_coefficient, base_model=_base_model(settings),

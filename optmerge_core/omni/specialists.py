@@ -25,9 +25,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from optmerge_core.checkpoints.adapters import CONFIG_NAME, parameter_of
+from optmerge_core.checkpoints.adapters import parameter_of
 from optmerge_core.checkpoints.folder import Checkpoint
-from optmerge_core.checkpoints.formats import CheckpointError, read_json
+from optmerge_core.checkpoints.formats import ADAPTER_CONFIG, CheckpointError, read_json
 from optmerge_core.checkpoints.lora_settings import LoraSettings
 from optmerge_core.checkpoints.names import (
     EMBEDDINGS,
@@ -103,7 +103,7 @@ def _of_a_model(
 
 def _with_adapter(adapter: Checkpoint) -> tuple[PreTrainedModel, Checkpoint]:
     """The specialist that an adapter makes, and its base."""
-    path = adapter.folder / CONFIG_NAME
+    path = adapter.folder / ADAPTER_CONFIG
     settings = read_json(path)
     if settings.get("peft_type") == "LORA":
         LoraSettings(path, by_peft=True)

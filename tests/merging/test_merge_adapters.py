@@ -222,3 +222,15 @@ def test_a_heads_weight_that_all_adapters_have_is_kept(tmp_path):
     with pytest.raises(CheckpointError, match="lm_head: expert b has its base's weight beside"):
         merge_adapters(experts, tmp_path / "other", method="weight_average")
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*whole weights, which are taken")
+def test_a_whole_model_is_no_adapter(family, tmp_path):
+    base, experts = family
+    both = shutil.copytree(base, tmp_path / "both")
+    shutil.copytree(experts["e0"], both, dirs_exist_ok=True)
+    for folder in (base, both):
+        with pytest.raises(
+            CheckpointError, match=f"{folder} holds whole weights, where an adapter"
+        ):
+            merge_adapters({"e": folder}, tmp_path / "out", method="task_arithmetic")
