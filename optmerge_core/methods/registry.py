@@ -28,8 +28,7 @@ def merge_blocks(method: str, blocks: Blocks, **options: Any) -> Iterator[Merged
     """(entries, block, merged entries), the values of `METHODS[method]`, block by block.
 
     Some entries may come once more at the end, without their block. For what `merges_in_blocks`,
-    with checked options; DARE draws for each expert by a generator of its own, block after block
-    what it would draw at once.
+    with checked options; DARE has a generator for each expert, which draws block after block.
     """
     if method == "ties":
         yield from ties_blocks(blocks, **options)

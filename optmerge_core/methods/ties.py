@@ -36,10 +36,9 @@ def ties_blocks(
     Where experts cancel exactly, the whole parameter's majority decides: such entries come once
     more at the end, by their numbers and without a block.
     """
+    left = [] if thresholds is None else [math.inf] * len(thresholds)
     if thresholds is None:
         thresholds, left = trim(blocks, density, rule)
-    else:
-        left = [math.inf] * len(thresholds)
     factors = None
     if weights is not None:
         factors = thresholds.new_tensor(per_expert("weights", weights, len(thresholds)))[:, None]
@@ -71,10 +70,7 @@ def ties_blocks(
 
 
 def _largest(row: Tensor, limit: float, left: float) -> tuple[Tensor, float]:
-    """0 for all but the entries above the limit and the first `left` that are equal to it.
-
-    Returns how many equal ones are left to keep in the rows that follow, too.
-    """
+    """0 but for entries above the limit and the first `left` equal to it; how many are left now."""
     # hardshrink keeps what is larger than its limit, in a fifth of the time that masks take.
     if not left:
         return hardshrink(row, limit), left
@@ -119,9 +115,8 @@ def ties(
     """Trim, elect a sign, average what agrees: (experts, *shape) -> (*shape).
 
     Yadav et al., "TIES-Merging" (2023).
-    1. Trim: keep an expert's entries whose magnitude reaches its threshold, by default its own
-       `trim_thresholds(task_vectors, density)`; `thresholds` (experts,) are for trimming over a
-       whole model.
+    1. Trim: keep an expert's entries whose magnitude reaches its threshold, by default that of
+       `trim`; `thresholds` (experts,) are for trimming over a whole model.
     2. Elect: an entry's sign is that of its sum over the experts. Where the sum is 0, it is the
        sign that most entries of this tensor have, as in the released code; if that is a draw too,
        the merged entry is 0.
@@ -141,9 +136,8 @@ def ties(
             f"thresholds have shape {tuple(thresholds.shape)}; "
             f"there must be one for each of the {len(task_vectors)} experts"
         )
-    blocks, limits = Blocks.of(task_vectors), thresholds
-    if limits is not None:
-        limits = limits.to(task_vectors)
+    blocks = Blocks.of(task_vectors)
+    limits = None if thresholds is None else thresholds.to(task_vectors)
     options: dict[str, Any] = {"weights": weights, "normalize": normalize, "rule": rule}
     if task_vectors.is_cuda:
         from optmerge_core.methods import kernels
@@ -156,20 +150,15 @@ def ties(
     return merged.view(task_vectors.shape[1:])
 
 
-def trim_thresholds(task_vectors: Stack, density: Share) -> Float[Tensor, " experts"]:
-    """The magnitude an expert's entries must reach to be kept: (experts, *shape) -> (experts,).
-
-    The k-th smallest magnitude with k = int((1 − density)·size), so that slightly more than the
-    share `density` is kept, ties included; 0, which keeps everything, when k is 0. A sequence holds
-    a density for each expert.
-    """
-    return trim(Blocks.of(task_vectors), density, "released")[0]
-
-
 def trim(
-    blocks: Blocks, density: Share, rule: str
+    blocks: Blocks, density: Share, rule: str = "released"
 ) -> tuple[Float[Tensor, " experts"], list[float]]:
-    """The thresholds (experts,), and how many entries of that magnitude are kept: inf for all."""
+    """The magnitudes that entries must reach, and how many that equal them are kept (inf: all).
+
+    The k-th smallest of an expert, k = int((1 − density)·size), so that slightly more than the
+    share `density` is kept; 0, which keeps everything, when k is 0. By mergekit's rule as many are
+    kept as `ties` says. A sequence holds a density for each expert.
+    """
     none = blocks.read(slice(0, 0))
     densities, size = per_expert("density", density, len(none)), blocks.entries
     for share in densities:

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from optmerge_core.methods.blocks import Blocks
 from optmerge_core.methods.registry import METHODS
-from optmerge_core.methods.ties import ties, ties_blocks, trim_thresholds
+from optmerge_core.methods.ties import ties, ties_blocks, trim
 
 
 def test_ties_by_hand():
     """k = int(0.6·5) = 3: kept are magnitudes ≥ 3 of the first, ≥ 3 of the second expert."""
     task_vectors = torch.tensor([[1.0, -2.0, 3.0, 4.0, -5.0], [5.0, 1.0, 2.0, -3.0, -4.0]])
-    assert trim_thresholds(task_vectors, density=0.4).tolist() == [3, 3]
+    assert trim(Blocks.of(task_vectors), 0.4)[0].tolist() == [3, 3]
     # Sums 5, 0, 3, 1, −9; the fourth elects +, so that −3 is left out; −5 and −4 average.
     assert ties(task_vectors, density=0.4).tolist() == [5, 0, 3, 4, -4.5]
 
@@ -48,7 +48,8 @@ def test_ties_keeps_the_share_density():
 
 def test_ties_takes_thresholds_of_a_whole_model():
     task_vectors = randn(2, 6, 5)
-    whole = trim_thresholds(torch.cat([task_vectors.flatten(1), 9 * randn(2, 70)], dim=1), 0.2)
+    model = torch.cat([task_vectors.flatten(1), 9 * randn(2, 70)], dim=1)
+    whole = trim(Blocks.of(model), 0.2)[0]
     trimmed = torch.where(task_vectors.abs() >= whole.view(2, 1, 1), task_vectors, 0)
     expected = reference.ties(trimmed, density=1.0)
     torch.testing.assert_close(ties(task_vectors, thresholds=whole), expected)
@@ -59,7 +60,7 @@ def test_ties_takes_thresholds_of_a_whole_model():
 def test_ties_trims_tensors_too_large_for_torch_quantile():
     task_vectors = torch.arange(1, 2**24 + 11, dtype=torch.float64).view(1, -1)
     k = int(0.8 * task_vectors.shape[1])
-    assert trim_thresholds(task_vectors, 0.2).item() == k
+    assert trim(Blocks.of(task_vectors), 0.2)[0].item() == k
 
 
 @pytest.mark.parametrize("size", [1, 6, 40])

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from optmerge_core.checkpoints.open import open_checkpoint
 from optmerge_core.merging.loop import model_thresholds
-from optmerge_core.methods.ties import trim_thresholds
+from optmerge_core.methods.blocks import Blocks
+from optmerge_core.methods.ties import trim
 from optmerge_core.task_vectors.stack import TaskVectors, apply, derive_seed
 
 
@@ -42,7 +43,8 @@ def test_task_vectors_in_blocks_are_the_stack():
     pieces = task_vectors.blocks("w", base["w"])
     assert torch.equal(pieces.read(slice(0, None)), task_vectors["w"].flatten(1))
     assert torch.equal(pieces.read(slice(0, None, 7)), task_vectors["w"].flatten(1)[:, ::7])
-    assert torch.equal(trim_thresholds(pieces, 0.2), trim_thresholds(task_vectors["w"], 0.2))
+    found, expected = (trim(x, 0.2)[0] for x in (pieces, Blocks.of(task_vectors["w"])))
+    assert torch.equal(found, expected)
 
 
 def test_errors_name_parameter_expert_and_shapes(toy):
