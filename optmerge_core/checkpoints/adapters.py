@@ -72,6 +72,12 @@ class Factors(Mapping[str, tuple[Tensor, Tensor]]):
         for module in self:
             self._check(module)
 
+    def rename(self, modules: Mapping[str, str]) -> None:
+        """Call modules otherwise: new path -> own."""
+        new = {own: path for path, own in modules.items()}
+        self._keys = {new.get(own, own): keys for own, keys in self._keys.items()}
+        self._paths = {new.get(own, own): path for own, path in self._paths.items()}
+
     def shape(self, module: str) -> tuple[int, int]:
         """(outputs, inputs) of the product, from the headers."""
         (outputs, _), (_, inputs) = self._shapes(module)

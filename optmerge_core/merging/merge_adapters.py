@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from optmerge_core.checkpoints import HUB_ID
 from optmerge_core.checkpoints.adapters import Adapter, Factors
 from optmerge_core.checkpoints.formats import ADAPTER_CONFIG, ADAPTER_NAME, CheckpointError
-from optmerge_core.checkpoints.names import PREFIX
+from optmerge_core.checkpoints.names import PREFIX, TOWER, other_names
 from optmerge_core.checkpoints.open import open_checkpoint
 from optmerge_core.checkpoints.writer import CheckpointWriter, check_output
 from optmerge_core.merging.card import adapter_card
@@ -109,11 +109,18 @@ def merge_adapters(
 
 
 def _opened(experts: Mapping[str, str | Path], base_model: str | Path | None) -> dict[str, Factors]:
+    """The adapters, a module named as in the first that has it (`names.other_names`)."""
     weights = {name: open_checkpoint(expert, adapter=True) for name, expert in experts.items()}
-    if base_model is None:
-        return {name: Factors(adapter) for name, adapter in weights.items()}
-    base = open_checkpoint(base_model)
-    return {name: Adapter(adapter, base).factors for name, adapter in weights.items()}
+    base = None if base_model is None else open_checkpoint(base_model)
+    opened = {n: Adapter(w, base).factors if base else Factors(w) for n, w in weights.items()}
+    known: dict[str, None] = {}
+    for factors in opened.values():
+        same = other_names(known, factors)
+        factors.rename(
+            {m: x for m, x in same.items() if not TOWER.search(m) and not TOWER.search(x)}
+        )
+        known |= dict.fromkeys(factors)
+    return opened
 
 
 def _settings(opened: Mapping[str, Factors], rank: int) -> dict[str, Any]:

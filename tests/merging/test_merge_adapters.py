@@ -234,3 +234,19 @@ def test_a_whole_model_is_no_adapter(family, tmp_path):
             CheckpointError, match=f"{folder} holds whole weights, where an adapter"
         ):
             merge_adapters({"e": folder}, tmp_path / "out", method="task_arithmetic")
+
+
+def test_a_layer_has_one_name_whatever_version_of_transformers_saved_it(family, tmp_path):
+    """Under two names PEFT would load the factors of one alone."""
+    _, experts = family
+    folder = shutil.copytree(experts["e1"], tmp_path / "renamed")
+    path = folder / "adapter_model.safetensors"
+    old, new = f"{PREFIX}model.layers", f"{PREFIX}model.language_model.layers"
+    save_file({name.replace(old, new): t for name, t in load_file(path).items()}, path)
+    merged = []
+    for name, second in (("plain", experts["e1"]), ("other", folder)):
+        given = {"a": experts["e0"], "b": second}
+        out = merge_adapters(given, tmp_path / name, method="task_arithmetic")
+        merged.append(load_file(out / "adapter_model.safetensors"))
+    assert merged[0].keys() == merged[1].keys()
+    assert all(torch.equal(tensor, merged[1][name]) for name, tensor in merged[0].items())
