@@ -30,7 +30,7 @@ from optmerge_core.checkpoints.formats import (
 )
 from optmerge_core.checkpoints.open import open_expert
 from optmerge_core.checkpoints.remote import RemoteCheckpoint
-from optmerge_core.checkpoints.writer import CheckpointWriter
+from optmerge_core.checkpoints.writer import CheckpointWriter, side_files
 
 TENSORS = {
     "a": torch.arange(5).bfloat16(),
@@ -413,7 +413,8 @@ def test_a_failed_stream_leaves_nothing(tiny, web, tmp_path):
     tensors = dict(open_checkpoint(tiny.experts["ocr"]).items())
     tensors[name][3, 4] = torch.nan
     save_file(tensors, broken / "model.safetensors")
-    shutil.copy(tiny.base / "config.json", broken)
+    for path in side_files(tiny.base):
+        shutil.copy(path, broken)
     experts = {"chart": tiny.experts["chart"], "ocr": f"{web.url}/model"}
     out = tmp_path / "out"
     with pytest.raises(ValueError, match=f"{name}: expert ocr has 1 NaN or Inf; use an earlier"):
