@@ -1,0 +1,91 @@
+"""What all pictures of the study `smol` share: size, cells, turns, and who may see what."""
+
+import hashlib
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image
+
+IMAGE_SIZE = 112
+CELLS = 7  # image tokens each way
+CELL = IMAGE_SIZE // CELLS  # pixels of the picture that one image token stands for, each way
+UNITS = 100  # a box's numbers count hundredths of the picture's width or height, 0 to 99
+TURNS = 4  # questions asked about one training picture at most
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question, its answer and the kind of question (the sub-task).
+
+    `blind`: a language model may answer it without the picture, by what it knows.
+    `held_out`: a question that training never asks (its fact, thing or place is kept for tests).
+    """
+
+    question: str
+    answer: str
+    kind: str
+    blind: bool = False
+    held_out: bool = False
+
+
+@dataclass
+class Drawing:
+    """A picture, RGB 112 x 112, the turns about it, and what each of its cells shows.
+
+    cells: (row, column) -> words of what that cell shows, most important first; what the tower
+    learns to name. Background is not listed.
+    """
+
+    image: Image.Image
+    turns: list[Turn]
+    cells: dict[tuple[int, int], list[str]] = field(default_factory=dict)
+
+
+def digest(*parts):
+    """A number that depends on the texts alone, the same on every machine."""
+    text = "\x1f".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())
+
+
+def reserved(*parts, share=0.25):
+    """Whether a thing in a place, a fact or a word is kept from training, by its hash."""
+    return digest("reserved", *parts) % 1000 < 1000 * share
+
+
+def choice(rng, items):
+    return items[int(rng.integers(len(items)))]
+
+
+def box_text(box):
+    """A box in pixels (left, top, right, bottom) as people would write it: '12 30 48 75'."""
+    scaled = (round(v / IMAGE_SIZE * UNITS) for v in box)
+    return " ".join(str(min(max(v, 0), UNITS - 1)) for v in scaled)
+
+
+def covered(box, least=0.25):
+    """(row, column) of the cells of which a box in pixels covers at least a share."""
+    left, top, right, bottom = box
+    found = []
+    for row in range(CELLS):
+        for column in range(CELLS):
+            width = min(right, (column + 1) * CELL) - max(left, column * CELL)
+            height = min(bottom, (row + 1) * CELL) - max(top, row * CELL)
+            if width > 0 and height > 0 and width * height >= least * CELL * CELL:
+                found.append((row, column))
+    return found
+
+
+def converse(rng, turns, weights, most=TURNS):
+    """Up to `most` of the turns, none twice: each time a kind by its weight, then one of the kind.
+
+    weights: {kind: weight}; kinds it lacks are not asked.
+    """
+    left, asked = [turn for turn in turns if turn.kind in weights], []
+    while left and len(asked) < most:
+        kinds = [kind for kind in weights if any(turn.kind == kind for turn in left)]
+        shares = np.cumsum([weights[kind] for kind in kinds])
+        kind = kinds[int(np.searchsorted(shares, rng.random() * shares[-1], side="right"))]
+        asked.append(choice(rng, [turn for turn in left if turn.kind == kind]))
+        left.remove(asked[-1])
+    return asked

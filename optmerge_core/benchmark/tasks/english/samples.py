@@ -1,0 +1,51 @@
+"""Samples and splits of the five tasks in English."""
+
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+
+import numpy as np
+
+from optmerge_core.benchmark.tasks.english.drawing import SPLITS, Turn
+from optmerge_core.benchmark.tasks.samples import SPLITS as SHARES
+from optmerge_core.benchmark.tasks.samples import image_hash
+
+DRAW = {
+    "VQA": "scenes:vqa",
+    "Geometry": "geometry:geometry",
+    "Chart": "charts:chart",
+    "OCR": "writing:ocr",
+    "Grounding": "scenes:grounding",
+}
+"""Task -> its module and function here."""
+TASKS = tuple(DRAW)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture, uint8 (112, 112, 3), the turns about it, what its cells show: see `Drawing`."""
+
+    image: np.ndarray
+    turns: list[Turn]
+    cells: dict[tuple[int, int], list[str]]
+
+
+@cache
+def draw(task):
+    """The function that draws a task's pictures."""
+    module, name = DRAW[task].split(":")
+    return getattr(import_module(f"optmerge_core.benchmark.tasks.english.{module}"), name)
+
+
+def sample(task, split, index, level="full", seed=0):
+    """Sample number `index` of a split; the same arguments give the same sample everywhere.
+
+    As in `tasks/samples.py`: splits differ in their random stream and in their pictures, whose hash
+    says to which split they may belong.
+    """
+    rng = np.random.default_rng([seed, SPLITS.index(split), 100 + TASKS.index(task), index])
+    while True:
+        drawing = draw(task)(rng, split, level)
+        pixels = np.asarray(drawing.image)
+        if int(image_hash(pixels), 16) % 10 in SHARES[split]:
+            return Sample(pixels, drawing.turns, drawing.cells)
