@@ -1,0 +1,298 @@
+"""Writing: words, names, prices, dates and numbers in many faces on many grounds (OCR).
+
+Level `easy` shows one or two large lines on plain paper, `medium` and `full` up to three smaller
+ones on signs, tags, notes, gradients and noise; `medium` asks to read only.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from optmerge_core.benchmark.tasks.english.drawing import (
+    IMAGE_SIZE,
+    Drawing,
+    Turn,
+    choice,
+    converse,
+    reserved,
+)
+from optmerge_core.benchmark.tasks.english.lettering import (
+    FACES,
+    HANDS,
+    advances,
+    allowed,
+    fitting,
+    words,
+    write,
+)
+
+ORDINALS = ("first", "second", "third")
+ASK = {
+    "caption": (
+        "Describe everything in the picture.",
+        "What is in the picture?",
+        "Describe the picture in one sentence.",
+    ),
+    "read": (
+        "What does it say?",
+        "Read the text.",
+        "What is written here?",
+        "What text is in the picture?",
+    ),
+    "word": (
+        "What is the {nth} word?",
+        "Read the {nth} word.",
+        "Which word is the {nth} one?",
+    ),
+    "line": ("What is on the {nth} line?", "Read the {nth} line.", "What does line {n} say?"),
+    "price": (
+        "What is the price?",
+        "How much does it cost?",
+        "How much is it?",
+        "What price is on the tag?",
+    ),
+    "thing": ("What is for sale?", "What can you buy here?", "What is the price tag for?"),
+    "date": ("What is the date?", "Which day and month is it?", "What date is written here?"),
+    "month": ("Which month is it?", "What month is written here?", "In which month is it?"),
+    "year": ("Which year is it?", "What year is written here?", "In which year is it?"),
+    "weekday": (
+        "Which day of the week is it?",
+        "What weekday is written here?",
+        "On which weekday is it?",
+    ),
+    "name": (
+        "What is the name?",
+        "Whose name is written here?",
+        "Which name is on the note?",
+        "Which person is named?",
+    ),
+    "time": ("What time is it?", "What time is written here?", "At what time is it?"),
+    "number": ("What is the number?", "Which number is written here?", "Read the number."),
+    "count": (
+        "How many letters does the {nth}word have?",
+        "How many letters are in the {nth}word?",
+        "Count the letters of the {nth}word.",
+    ),
+    "words": (
+        "How many words are there?",
+        "How many words do you see?",
+        "Count the words.",
+    ),
+    "letter": (
+        "What is the {end} letter of the {nth}word?",
+        "Which letter does the {nth}word {begin} with?",
+        "With which letter does the {nth}word {begin}?",
+    ),
+}
+WEIGHTS = {
+    "easy": dict.fromkeys(ASK, 1.0) | {"read": 4, "word": 1.5, "price": 2, "name": 2, "date": 2},
+    "medium": {"read": 3, "word": 2, "line": 2, "thing": 1, "name": 1},
+    "full": dict.fromkeys(ASK, 1.0) | {"read": 5, "word": 2, "price": 4, "name": 3, "date": 3},
+}
+INKS = ((20, 20, 20), (30, 40, 110), (120, 20, 30), (20, 80, 40), (80, 40, 110), (90, 60, 30))
+SIGNS = ((180, 30, 30), (25, 70, 160), (20, 110, 60), (60, 60, 60), (110, 50, 120), (150, 80, 20))
+LIGHT = ((255, 255, 255), (255, 245, 190), (235, 245, 255))
+TAGS = ((250, 220, 90), (250, 235, 215), (190, 230, 170), (250, 180, 120), (240, 240, 240))
+
+
+@dataclass(frozen=True)
+class Text:
+    """What is written: its lines, on which surface, what is reserved, and what it answers.
+
+    held: the words, prices, dates or numbers in it that training never shows, as written.
+    facts: kind of question -> answer.
+    """
+
+    surface: str
+    lines: list[str]
+    held: list[str]
+    facts: dict[str, str] = field(default_factory=dict)
+
+
+def styled(rng, word):
+    """A word in small letters, with a capital, or in capitals; a name as it is."""
+    if word[0].isupper():
+        return word
+    return choice(rng, (word, word.capitalize(), word, word.capitalize(), word.upper()))
+
+
+def a_word(rng, split, group):
+    """A word as it is written, and the list of it if it is reserved."""
+    word = allowed(rng, split, lambda: choice(rng, group), "word")
+    written = styled(rng, word)
+    return written, [written] * reserved("word", word)
+
+
+def plain(rng, split, count, groups=("words", "words", "names")):
+    """Different words, one a line or two short ones on the first."""
+    chosen = {}
+    while len(chosen) < count:
+        word, held = a_word(rng, split, words(choice(rng, groups)))
+        chosen[word] = held
+    lines = list(chosen)
+    if count > 1 and len(lines[0] + lines[1]) <= 8 and rng.random() < 0.7:
+        lines = [f"{lines[0]} {lines[1]}", *lines[2:]]
+    return Text(choice(rng, ("paper", "paper", "sign", "note")), lines, sum(chosen.values(), []))
+
+
+def sign(rng, split, count):
+    return replace(plain(rng, split, min(count, 2), ("signs",)), surface="sign")
+
+
+def tag(rng, split, count):
+    def price():
+        cents = choice(rng, ("", ".00", ".50", ".99", ".25", f".{int(rng.integers(10, 100))}"))
+        return f"${int(rng.integers(1, 30 if cents else 100))}{cents}"
+
+    cost = allowed(rng, split, price, "price")
+    held = [cost] * reserved("price", cost)
+    if count == 1:
+        return Text("price tag", [cost], held, {"price": cost})
+    thing, new = a_word(rng, split, words("goods"))
+    return Text("price tag", [thing, cost], new + held, {"price": cost, "thing": thing})
+
+
+def date(rng, split, count):
+    def day():
+        month = choice(rng, words("months"))
+        short = month[:3] if rng.random() < 0.4 else month
+        number = int(rng.integers(1, 29))
+        return f"{number} {short}" if rng.random() < 0.6 else f"{short} {number}"
+
+    when = allowed(rng, split, day, "date")
+    facts, lines = {"date": when, "month": next(p for p in when.split() if p.isalpha())}, [when]
+    if count > 1 and rng.random() < 0.6:
+        facts["year"] = str(int(rng.integers(1950, 2030)))
+        lines = [when, facts["year"]]
+    if len(lines) < count:
+        facts["weekday"] = choice(rng, words("days"))
+        lines = [facts["weekday"], *lines]
+    surface = choice(rng, ("paper", "sign", "note"))
+    return Text(surface, lines, [when] * reserved("date", when), facts)
+
+
+def note(rng, split, count):
+    """A name, alone or after a word, as on a letter or a door."""
+    name, held = a_word(rng, split, words("names"))
+    start = choice(rng, ("Dear", "For", "To", "From", "Call", "Hello"))
+    lines = {1: [name], 2: [start, name], 3: [f"{start} {name}"]}[count]
+    if count == 3:
+        word, new = a_word(rng, split, words("words"))
+        lines, held = [*lines, word], held + new
+    return Text("note", lines, held, {"name": name})
+
+
+def number(rng, split, count):
+    def digits():
+        if kind == "number":
+            return str(int(10 ** rng.uniform(0.3, 3)))
+        return f"{int(rng.integers(1, 24))}:{int(rng.integers(12)) * 5:02d}"
+
+    kind = choice(rng, ("number", "time"))
+    value = allowed(rng, split, digits, kind)
+    names = {"number": ("room", "bus", "page", "gate", "line"), "time": ("open", "train", "bus")}
+    lines = [value] if count == 1 else [a_word(rng, "train", names[kind])[0], value]
+    held = [value] * reserved(kind, value)
+    return Text(choice(rng, ("paper", "sign")), lines, held, {kind: value})
+
+
+def questions(rng, written):
+    """All turns about a text; held out are those for which something reserved must be read."""
+
+    def ask(kind, answer, about, **fields):
+        held = any(f" {text} " in f" {about} " for text in written.held)
+        return Turn(choice(rng, ASK[kind]).format(**fields), answer, kind, held_out=held)
+
+    lines, all_of_it = written.lines, " ".join(written.lines)
+    parts = all_of_it.split()
+    yield ask("read", all_of_it, all_of_it)
+    for kind, answer in written.facts.items():
+        yield ask(kind, answer, answer)
+    if len(lines) > 1:
+        for i, line in enumerate(lines):
+            yield ask("line", line, line, nth=ORDINALS[i], n=i + 1)
+    if len(parts) > 1 and all_of_it.replace(" ", "").isalpha():
+        yield ask("words", str(len(parts)), "")
+    for i, part in enumerate(parts[:3]):
+        if part.isalpha():
+            nth = f"{ORDINALS[i]} " if len(parts) > 1 else ""
+            if nth:
+                last = i + 1 == len(parts) and rng.random() < 0.5
+                yield ask("word", part, part, nth="last" if last else ORDINALS[i])
+            yield ask("count", str(len(part)), part, nth=nth)
+            for end, begin, letter in (("first", "begin", part[0]), ("last", "end", part[-1])):
+                yield ask("letter", letter, part, nth=nth, end=end, begin=begin)
+
+
+# ---------------------------------------------------------------- surfaces
+
+
+def ground(rng, surface, quiet):
+    """A picture of a surface -> (picture, ink, (left, right) that may be written on)."""
+    pixels = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), rng.integers(225, 256, 3), np.int16)
+    kind = "plain" if quiet else choice(rng, ("plain", "gradient", "noise", "both"))
+    if kind in ("gradient", "both"):
+        one, other = rng.integers(165, 256, (2, 3))
+        share = np.linspace(0, 1, IMAGE_SIZE)[:, None, None]
+        share = share if rng.random() < 0.5 else share.swapaxes(0, 1)
+        pixels = (one + (other - one) * share + np.zeros_like(pixels)).astype(np.int16)
+    if kind in ("noise", "both"):
+        strength = int(rng.integers(10, 36))
+        pixels = pixels - rng.integers(0, strength, pixels.shape, dtype=np.int16)
+    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    draw, ink = ImageDraw.Draw(image), choice(rng, INKS)
+    edge = int(rng.integers(2, 6))
+    box = (edge, edge, IMAGE_SIZE - 1 - edge, IMAGE_SIZE - 1 - edge)
+    if surface == "sign":
+        plate, ink = choice(rng, SIGNS), choice(rng, LIGHT)
+        if rng.random() < 0.3:
+            plate, ink = ink, plate
+        draw.rounded_rectangle(box, int(rng.integers(0, 14)), plate, ink, 2)
+    elif surface == "price tag":
+        left, top, right, bottom = box
+        draw.rectangle((0, 0, IMAGE_SIZE, IMAGE_SIZE), choice(rng, SIGNS))
+        corners = [(left + 16, top), (right - 16, top), (right, top + 18), (right, bottom)]
+        draw.polygon([*corners, (left, bottom), (left, top + 18)], choice(rng, TAGS), ink)
+        draw.ellipse((51, top + 4, 60, top + 13), (90, 90, 90), ink)
+    elif surface == "note":
+        if rng.random() < 0.5:
+            draw.rectangle(box, choice(rng, ((255, 245, 150), (255, 255, 255), (220, 240, 255))))
+        for y in range(box[1] + int(rng.integers(8, 22)), box[3], int(rng.integers(14, 24))):
+            draw.line((box[0], y, box[2], y), (190, 205, 225))
+    return image, ink, (edge + 3, IMAGE_SIZE - edge - 3)
+
+
+def draw_text(rng, written, easy):
+    """The picture of a text, and its cells."""
+    image, ink, (left, right) = ground(rng, written.surface, easy)
+    hand = rng.random() < (0.6 if written.surface == "note" else 0.1)
+    face = choice(rng, HANDS) if hand else choice(rng, tuple(FACES))
+    heights = (14, 20) if easy else (11, 17)
+    styles = [fitting(rng, line, face, heights, right - left) for line in written.lines]
+    top, bottom = (24 if written.surface == "price tag" else 8), IMAGE_SIZE - 10
+    room = (bottom - top) / len(styles)  # of a line, with the space around it
+    pitch = rng.uniform(min(room, 1.75 * max(h for _, h in styles)), room)
+    y = top + rng.uniform(0, bottom - top - pitch * len(styles))
+    middle, cells = rng.random() < 0.5, {}
+    for line, (face, height) in zip(written.lines, styles, strict=True):
+        free = right - left - advances(line, face, height)[-1]
+        x = left + (free / 2 if middle else rng.uniform(0, free))
+        y += pitch
+        start = (round(x), round(y - (pitch - height) / 2))
+        for character, cell in write(rng, image, line, face, height, start, ink):
+            cells.setdefault(cell, []).append(character)
+    return image, {cell: characters[:3] for cell, characters in cells.items()}
+
+
+def ocr(rng, split, level):
+    kinds = (plain, plain, plain, sign, tag, tag, date, note, note, number)
+    counts = {"easy": (1, 1, 2), "caption": (1, 2, 3)}.get(level, (1, 2, 2, 2, 3, 3))
+    written = choice(rng, kinds)(rng, split, choice(rng, counts))
+    image, cells = draw_text(rng, written, level == "easy")
+    if level == "caption":
+        told = f"a {written.surface} that says {' '.join(written.lines)}"
+        turns = [Turn(choice(rng, ASK["caption"]), told, "caption", held_out=bool(written.held))]
+    else:
+        turns = converse(rng, list(questions(rng, written)), WEIGHTS[level])
+    return Drawing(image, turns, cells)
