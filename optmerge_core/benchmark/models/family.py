@@ -1,6 +1,10 @@
 """What the model families share: prompts, image inputs, the language model's configuration."""
 
+from functools import cached_property
+
 import torch
+
+MARK = "\0"  # stands for a text where a template is looked at
 
 
 class Prompts:
@@ -10,21 +14,35 @@ class Prompts:
     it), `block` (the placeholder after expansion to image tokens) and `arrange`.
     """
 
+    @cached_property
+    def frame(self):
+        """What the chat template puts before a question, before its answer and between turns."""
+
+        def user(*parts):
+            return {"role": "user", "content": [*parts, {"type": "text", "text": MARK}]}
+
+        turns = user({"type": "image"}), {"role": "assistant", "content": MARK}, user()
+        text = self.apply_chat_template([*turns], tokenize=False, add_generation_prompt=True)
+        return text.split(MARK)[:3]
+
     def prompt(self, question, image=None):
         """The chat template applied to one image and one question, up to the answer."""
-        image = self.placeholder if image is None else image
-        return f"<|im_start|>user\n{image}{question}<|im_end|><|im_start|>assistant\n"
+        start, middle, _ = self.frame
+        if image is not None:
+            start = start.replace(self.placeholder, image)
+        return f"{start}{question}{middle}"
 
     def conversation(self, turns):
         """A conversation about one image: prompt, answer, prompt, answer, ..., expanded."""
-        parts = []
-        for number, (question, answer, _) in enumerate(turns):
-            image = "" if number else self.block
-            parts += [self.prompt(question, image), answer + self.tokenizer.eos_token]
+        parts, eos = [], self.tokenizer.eos_token
+        _, middle, between = self.frame
+        for number, (question, answer, *_) in enumerate(turns):
+            again = f"{between.removeprefix(eos)}{question}{middle}"
+            parts += [again if number else self.prompt(question, self.block), answer + eos]
         return parts
 
     def image_inputs(self, images, input_ids):
-        """uint8 (b, 56, 56, 3) and prompts (b, t) -> what the model takes beside `input_ids`.
+        """uint8 (b, side, side, 3) and prompts (b, t) -> what the model takes beside `input_ids`.
 
         Equal to the processor's own output (a test compares them).
         """
