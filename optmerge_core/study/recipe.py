@@ -59,6 +59,8 @@ def _locate(location: str, info: ValidationInfo) -> str:
     """A folder relative to the working directory, wherever it was found, or what is remote."""
     if info.context is None:  # not read from a file
         return location
+    if not location.strip():
+        raise ValueError("an empty text, where a folder or hub id is needed")
     with suppress(OSError, RuntimeError):  # too long for a path; "~" of an unknown user
         for candidate in (info.context / Path(location).expanduser(), Path(location)):
             if candidate.exists():

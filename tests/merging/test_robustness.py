@@ -304,6 +304,7 @@ RECIPES = {
     "base alone": ({"models": [{"model": "base"}]}, "only the base model is listed; add an expert"),
     "models is no list": ({"models": "ocr"}, "models: .*valid list"),
     "expert twice": ({"models": [{"model": "ocr"}] * 2}, "names are not unique"),
+    "empty base": ({"base_model": ""}, "base_model: an empty text, where a folder"),
     "missing folder": ({"base_model": "bases"}, "base_model: 'bases' is neither a folder"),
     "base_model is a list": ({"base_model": ["base"]}, "base_model: .*valid string"),
     "no base_model": ({"base_model": None}, "base_model: .*valid string"),
