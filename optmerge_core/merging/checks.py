@@ -16,6 +16,7 @@ from optmerge_core.checkpoints.formats import dtype_name, side_files
 from optmerge_core.checkpoints.weights import Weights
 from optmerge_core.methods.registry import check_options
 from optmerge_core.runtime import FLOAT_DTYPES, in_order
+from optmerge_core.task_vectors.stack import TaskVectors
 
 
 class NotFinite(ValueError):
@@ -164,6 +165,17 @@ def check_finite_tensor(name: str, owner: str, tensor: Tensor) -> None:
     """As `check_finite`, for a tensor that was just read. Raises `NotFinite`."""
     if text := _not_finite_text(name, owner, tensor):
         raise NotFinite(f"{text}; use an earlier or undamaged checkpoint, or leave the expert out")
+
+
+def check_finite_stack(name: str, task_vectors: TaskVectors, measured: Tensor) -> None:
+    """Raise `NotFinite` where a parameter's stack, or what was `measured` of it, is not finite.
+
+    It names whose NaN or Inf it is. If it is nobody's, finite numbers overflow, which shows later.
+    """
+    if not_finite(measured):
+        owners = {f"expert {expert}": x for expert, x in task_vectors.experts.items()}
+        for owner, weights in {"the base": task_vectors.base, **owners}.items():
+            check_finite_tensor(name, owner, weights[name])
 
 
 def check_in_range(name: str, tensor: Tensor) -> Tensor:

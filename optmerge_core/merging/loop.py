@@ -18,10 +18,10 @@ from optmerge_core.checkpoints.weights import Weights
 from optmerge_core.merging.checks import (
     NotFinite,
     check_finite,
+    check_finite_stack,
     check_finite_tensor,
     check_in_range,
     check_request,
-    not_finite,
 )
 from optmerge_core.merging.report import Record, record_of
 from optmerge_core.methods.dare import dare
@@ -99,8 +99,7 @@ class ParameterMerger:
             tensor, made = self._in_blocks(name, tensor, source)
         elif source is not None:
             stack = self.task_vectors.stack(source, tensor, parts)
-            if not_finite(stack):
-                self._check_experts(source)
+            check_finite_stack(source, self.task_vectors, stack)
             if name in self.averaged:
                 tensor = apply(tensor, stack.mean(dim=0), 1.0, dtype)
             else:
@@ -130,19 +129,13 @@ class ParameterMerger:
             if block is not None:
                 squares[0] += torch.linalg.vector_norm(own.float()).double().square()
                 squares[2:] += torch.linalg.vector_norm(block, dim=1).double().square()
-        if not_finite(squares):
-            self._check_experts(source)
+        check_finite_stack(source, self.task_vectors, squares)
         base_norm, merged_norm, *norms = squares.sqrt().tolist()
         made = Record(
             name=name, shape=list(tensor.shape), base_norm=base_norm, merged_norm=merged_norm,
             expert_norms=dict(zip(self.experts, norms, strict=True)),
         )  # fmt: skip
         return changed.view(tensor.shape), made
-
-    def _check_experts(self, source: str) -> None:
-        """Whose NaN or Inf it is, or nobody's: then finite numbers overflow, which shows later."""
-        for name, expert in self.experts.items():
-            check_finite_tensor(source, f"expert {name}", expert[source])
 
     def _memory(self, name: str) -> int:
         """Bytes that a parameter takes at most while it is merged: some ten stacks in float32."""
@@ -165,7 +158,7 @@ def merge_tensors(
 
     For trying many scaling coefficients in memory: the merged model has `task_vectors.apply(
     base[name], merged[name], scaling_coefficient)` for these names, the base's values elsewhere.
-    Raises `ValueError` as `merge` does for methods, options and shapes.
+    Raises `ValueError` as `merge` does for methods, options, shapes, and NaN and Inf.
     """
     options, chosen = dict(method_options or {}), parse_device(device)
     check_request(experts, method, options, 1.0, trim, seed)
@@ -175,8 +168,9 @@ def merge_tensors(
         options["thresholds"] = limits.to(chosen)
 
     def merged(name: str) -> Tensor:
-        random = _random(task_vectors, method, seed, name)
-        return METHODS[method](task_vectors[name], **options, **random).cpu()
+        stack, random = task_vectors[name], _random(task_vectors, method, seed, name)
+        check_finite_stack(name, task_vectors, stack)
+        return METHODS[method](stack, **options, **random).cpu()
 
     progress = tqdm(task_vectors, desc=f"merging ({method})", unit="parameter", leave=False)
     return dict(zip(progress, in_order(merged, task_vectors, chosen), strict=True))

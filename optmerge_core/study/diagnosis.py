@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from optmerge_core.checkpoints.formats import dtype_name
 from optmerge_core.checkpoints.names import TOWER, layer_index, module_kind
 from optmerge_core.checkpoints.weights import Weights
+from optmerge_core.merging.checks import check_finite_stack
 from optmerge_core.methods.svd import truncated_svd
 from optmerge_core.runtime import in_order
 from optmerge_core.study.findings import Diagnosis, find
@@ -50,7 +51,7 @@ def diagnose(
     `names` are the parameters that merge. Norms, cosines, signs and rounding are of all of them,
     ranks and subspaces of as many evenly spaced layers as `budget` operations allow, at least one.
     Everything else is compared by value. The findings are for a merge by `method` with `options`
-    and `scaling_coefficient`. Raises `ValueError` as `TaskVectors` does.
+    and `scaling_coefficient`. Raises `ValueError` as `TaskVectors` does, and for NaN and Inf.
     """
     names = list(names)
     task_vectors = TaskVectors(base, experts, names)
@@ -65,7 +66,9 @@ def diagnose(
     def measure(name: str) -> dict[str, Any]:
         tensor = task_vectors.base[name]  # read once, also where it comes over a network
         stack = task_vectors.stack(name, tensor)
-        measured = _entries(stack, tensor) | {
+        measured = _entries(stack, tensor)
+        check_finite_stack(name, task_vectors, measured["gram"])
+        measured |= {
             "rounding": [
                 _rounding(name, tensor, task_vector, dtype)
                 for task_vector, dtype in zip(stack, stored.values(), strict=True)

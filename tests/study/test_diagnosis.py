@@ -9,6 +9,7 @@ from cases import NAMES, moved, random
 from optmerge_core import open_checkpoint, open_expert
 from optmerge_core.checkpoints.weights import InMemory
 from optmerge_core.merging.families import mergeable
+from optmerge_core.merging.loop import merge_tensors
 from optmerge_core.methods.svd import singular_values
 from optmerge_core.study import diagnosis as module
 from optmerge_core.study import findings
@@ -38,6 +39,18 @@ def test_a_case_by_hand():
     assert found.layers.loc[4, "a"] == pytest.approx(1 / 5)
     assert found.dropped.iloc[0].tolist() == ["b", "norms", 1, 1, pytest.approx(0.5**0.5)]
     assert len(found.dropped) == 1
+
+
+@pytest.mark.parametrize("owner", ["the base", "expert a"])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_what_is_not_finite_is_named(owner, value):
+    """By the measures, and by the merge in memory that sweeps and notebooks take."""
+    base, name = random(0), NAMES[-1]
+    experts = {x: moved(base, random(i, 0.05)) for i, x in enumerate("ab", 1)}
+    (base if owner == "the base" else experts["a"])[name][-1, -1] = float(value)
+    for measure in (diagnose, merge_tensors):
+        with pytest.raises(ValueError, match=f"^{name}: {owner} has 1 NaN or Inf; use an earlier"):
+            measure(base, experts, NAMES, method="optmerge")
 
 
 def test_agrees_with_the_functions_for_whole_stacks(base, experts, monkeypatch):
