@@ -30,6 +30,8 @@ KEY = re.compile(
     rf"(?:(?:module|{'|'.join(WRAPPERS)})\.)*{re.escape(PREFIX)}(?P<module>.+)\."
     r"(?:lora_(?P<side>[AB])(?:\.default)?|base_layer)\.weight"
 )
+ONE_EXPERT, FUSED = re.compile(r"\.experts\.\d+\."), re.compile(r"\.experts\.[a-z]\w*$")
+"""in a name: one of a mixture's experts; a tensor of all of them"""
 TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 """model types whose layers (transformers' Conv1D) store a weight as (inputs, outputs)"""
 
@@ -247,6 +249,12 @@ def parameter_of(module: str, base: Weights) -> str:
     best = closest_names(f"{module}.weight", base)
     if not best and is_head(f"{module}.weight"):
         best = [name for name in base if is_embeddings(name)]
+    if not best and ONE_EXPERT.search(module) and any(FUSED.search(name) for name in base):
+        raise CheckpointError(
+            f"{base.folder or IN_MEMORY} holds a layer's experts in one tensor, and the adapter's "
+            f"module {module} is one expert's; give the base with a matrix for each expert, as it "
+            "was published or as save_pretrained() without save_original_format=False saves it"
+        )
     if len(best) != 1:
         raise CheckpointError(
             f"{base.folder or IN_MEMORY}: the adapter's module {module} stands for "

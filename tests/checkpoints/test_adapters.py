@@ -78,6 +78,9 @@ def test_a_module_is_found_on_disk_by_its_end():
     assert parameter_of(module, Base.fromkeys(names)) == names[0]
     with pytest.raises(CheckpointError, match=r"layers\.7\.mlp\.up_proj stands for none"):
         parameter_of("model.language_model.layers.7.mlp.up_proj", Base.fromkeys(names))
+    fused = Base.fromkeys(["model.layers.0.mlp.experts.gate_up_proj"])
+    with pytest.raises(CheckpointError, match=r"^base holds a layer's experts in one tensor, and"):
+        parameter_of("model.layers.0.mlp.experts.1.up_proj", fused)
 
 
 def edit(folder, target, **settings):
