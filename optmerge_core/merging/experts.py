@@ -220,9 +220,10 @@ def _dtype_notice(theirs: torch.dtype, ours: torch.dtype) -> str:
     rounded = (
         f" (but weights below {expert.tiny:.0e} are rounded)" if expert.tiny > base.tiny else ""
     )
+    remedy = "; dtype='float32' keeps them" if base.dtype != "float32" else ""  # what merges have
     return (
         f"{expert.dtype}, finer than the base's {base.dtype}{rounded}: the merged model has the "
-        f"base's, which may round small changes away; dtype='float32' keeps them"
+        f"base's, which may round small changes away{remedy}"
     )
 
 
