@@ -38,6 +38,8 @@ OTHER_KINDS = {
     r"\.ckpt$": "Lightning's; load the model from it and save it with save_pretrained(...)",
     r"^(?:training_args|optimizer|scheduler|rng_state|trainer_state)\b": "what a training run "
     "keeps beside its weights; give the folder where these were saved",
+    r"^adapter_config\.json$": "an adapter's settings without its weights; copy or download "
+    "adapter_model.safetensors too",
 }
 """files that tell what a folder without weights is -> what that is, and what to give"""
 SIDE_PATTERNS = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py"]
@@ -127,6 +129,12 @@ def weight_files(
 
 def _no_weights(place: str, folder: Path, present: Collection[str]) -> NoReturn:
     """Raise the `CheckpointError` that says what a folder is instead, and what to give."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix in WEIGHT_SUFFIXES and path.is_symlink() and not path.exists():
+            raise CheckpointError(
+                f"{place}/{path.name} is a link to {path.readlink()}, which is missing; download "
+                "or copy it again"
+            )
     inner = (path for pattern in ("*/*", "*/*/*") for path in folder.glob(pattern))
     names = {*present, *(path.relative_to(folder).as_posix() for path in inner)}
     below = {match[1] for match in map(WEIGHTS_BELOW.fullmatch, names) if match}
@@ -137,10 +145,14 @@ def _no_weights(place: str, folder: Path, present: Collection[str]) -> NoReturn:
         if found := sorted(name for name in names if re.search(pattern, name)):
             raise CheckpointError(f"{place}: no safetensors weights, but {found[0]}: {text}")
     others = sorted(name for name in present if name.endswith((".bin", ".pt", ".pth")))
-    also = f"and no other weights with a known name ({others[0]})" if others else "nor any other"
+    if not others:
+        raise CheckpointError(
+            f"{place}: no safetensors weights, nor any other; copy or download the model's, or "
+            "give the folder that has them"
+        )
     raise CheckpointError(
-        f"{place}: no safetensors weights, {also}; convert the model to safetensors with "
-        "from_pretrained(...).save_pretrained(...)"
+        f"{place}: no safetensors weights, and no other weights with a known name ({others[0]}); "
+        "convert the model to safetensors with from_pretrained(...).save_pretrained(...)"
     )
 
 

@@ -165,6 +165,14 @@ def test_folders_without_weights_are_refused(tmp_path):
             open_checkpoint(tmp_path)
 
 
+def test_a_link_to_weights_that_are_gone_is_named(tmp_path):
+    (tmp_path / "model.safetensors").symlink_to("blobs/0")
+    with pytest.raises(
+        CheckpointError, match=r"model.safetensors is a link to blobs/0, which"
+    ):
+        open_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("files", "text"),
     [
@@ -194,6 +202,11 @@ def test_folders_without_weights_are_refused(tmp_path):
             r"2 of 3 shards \(model-00001-of-00003.safetensors, …\), and no model.safetensors",
         ),
         (["pytorch_model-00002-of-00002.bin"], "1 of 2 shards .*, and no pytorch_model.bin.index"),
+        (
+            ["adapter_config.json", "README.md"],
+            "an adapter's settings without its",
+        ),
+        (["config.json"], "nor any other; copy or download the model's, or give"),
         (["weights.pt"], r"and no other weights with a known name \(weights.pt\); convert"),
     ],
 )
