@@ -167,9 +167,7 @@ def test_folders_without_weights_are_refused(tmp_path):
 
 def test_a_link_to_weights_that_are_gone_is_named(tmp_path):
     (tmp_path / "model.safetensors").symlink_to("blobs/0")
-    with pytest.raises(
-        CheckpointError, match=r"model.safetensors is a link to blobs/0, which"
-    ):
+    with pytest.raises(CheckpointError, match=r"model.safetensors is a link to blobs/0, which"):
         open_checkpoint(tmp_path)
 
 
