@@ -44,7 +44,7 @@ def _load_recipe(path: str, stream: bool) -> Recipe:
 def merge_command(options: argparse.Namespace) -> None:
     recipe = _load_recipe(options.recipe, options.stream)
     from optmerge_core.merging.merge import merge
-    from optmerge_core.study.findings import OTHER_BASE_NORM
+    from optmerge_core.study.findings import ADAPTER, OTHER_BASE_NORM
     from optmerge_core.study.open import settings
 
     models = (recipe.base_model, recipe.experts, options.output)
@@ -61,9 +61,12 @@ def merge_command(options: argparse.Namespace) -> None:
     report = merge(*models, **chosen, stream=options.stream)
     for name, norm in report.relative_norms().items():
         if norm > OTHER_BASE_NORM:
+            reason = "its alpha, rank or learning rate may not be what was meant"
+            if not any(file.startswith(ADAPTER) for file in report.experts[name]["sha256"]):
+                reason = "it was probably made from another base"
             warnings.warn(
                 f"expert {name} differs from the base by {norm:.0%} of its norm, more than "
-                "fine-tuning does: it was probably made from another base; `inspect` says more",
+                f"fine-tuning does: {reason}; `inspect` says more",
                 stacklevel=1,
             )
     print(

@@ -9,6 +9,7 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from lora import make_adapter, make_lora_family
 from safetensors.torch import load_file, save_file
 from web import Web
 
@@ -69,6 +70,20 @@ def test_merge_warns_of_more_than_30_per_cent_of_the_base(tiny, recipe, tmp_path
     assert main(["merge", recipe, "--output", str(tmp_path / "out")]) == 0
     warned = re.findall(r"expert (\w+) differs from the base by", capsys.readouterr().err)
     assert warned == ["far"]
+
+
+def test_merge_says_of_a_large_adapter_that_its_update_is_large(tmp_path, capsys):
+    _, experts = make_lora_family(tmp_path)
+    make_adapter(tmp_path / "large", 1, lora_alpha=300)
+    models = [{"model": "large"}, {"model": str(experts["e0"]), "name": "e0"}]
+    path = tmp_path / "adapters.yaml"
+    path.write_text(
+        yaml.safe_dump({"merge_method": "ties", "base_model": "base", "models": models})
+    )
+    assert main(["merge", str(path), "--output", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().err
+    assert re.search(r"expert large differs .* fine-tuning does: its alpha, rank or learning", said)
+    assert "another base" not in said
 
 
 def test_inspect(recipe, capsys):

@@ -22,7 +22,7 @@ from optmerge_core.checkpoints.weights import Weights
 from optmerge_core.merging.checks import check_finite_stack
 from optmerge_core.methods.svd import truncated_svd
 from optmerge_core.runtime import in_order
-from optmerge_core.study.findings import Diagnosis, find
+from optmerge_core.study.findings import ADAPTER, Diagnosis, find
 from optmerge_core.task_vectors import spectra
 from optmerge_core.task_vectors.stack import TaskVectors, derive_seed
 from optmerge_core.task_vectors.tables import parameter_row
@@ -252,7 +252,7 @@ def _tables(
     gram = sum(m["gram"] for m in measured.values())
     others = gram[:-1, :-1].sum() + gram.diagonal()[:-1] - 2 * gram[:-1, :-1].sum(0)
     table["others"] = (others.clamp(min=0) / gram[-1, -1]).sqrt().numpy()
-    table["stored"] = ["adapter" if d is None else dtype_name(d) for d in stored.values()]
+    table["stored"] = [ADAPTER if d is None else dtype_name(d) for d in stored.values()]
     pairs, dropped = _pairs(measured, gram, list(stored)), _dropped(compared)
     return Diagnosis(parameters, layers, table, pairs, dropped, sampled)
 

@@ -34,6 +34,13 @@ SHARED = 0.1  # shared subspace − chance: full fine-tuning at least 0.13, LoRA
 ROUNDED, MOSTLY_ROUNDED = 0.10, 0.40  # share of norm²; the estimate is good up to the former
 LOST = 0.5  # share of entries that equal the base's
 
+ADAPTER = "adapter"
+"""What the column `stored` of `Diagnosis.experts` says of an adapter."""
+LARGE_UPDATE = (
+    "An adapter's norm says nothing of its base; training rarely gives so large a one.",
+    "Check lora_alpha, r and use_rslora in its adapter_config.json and the learning rate; merge an "
+    "earlier checkpoint, or lower λ.",
+)
 SUMS = ("task_arithmetic", "dare_task_arithmetic")
 
 
@@ -84,6 +91,10 @@ def another_base(diagnosis: Diagnosis, merge: Merge) -> Iterator[Finding]:
     for name, row in diagnosis.experts.iterrows():
         if not row["cosine_with_base"] < OTHER_BASE_COSINE:
             continue
+        if row["stored"] == ADAPTER:  # a product of factors: its norm tells nothing of its base
+            found = f"its update is {row['relative_norm']:.0%} as long as the base's weights."
+            yield Finding("warning", (name,), found, *LARGE_UPDATE)
+            continue
         signs = [f"its weights have cosine {row['cosine_with_base']:.2f} with the base's"]
         signs.append(f"its task vector is {row['relative_norm']:.0%} as long as the base's weights")
         rank = row["entropy_rank"] / row["full_rank"]
@@ -104,7 +115,11 @@ def another_base(diagnosis: Diagnosis, merge: Merge) -> Iterator[Finding]:
 
 def alike(diagnosis: Diagnosis, merge: Merge) -> Iterator[Finding]:
     cosines = diagnosis.pairs["cosine"]
+    adapters = diagnosis.experts["stored"] == ADAPTER
     count = len(diagnosis.experts)
+    common = "fine-tuned from another model than this base", "Set base_model to that model."
+    if adapters.all():
+        common = "trained on from one adapter", "Keep one of them."
     if count > 2 and (cosines > SAME_CHANGE).all():
         yield Finding(
             "problem",
@@ -112,8 +127,8 @@ def alike(diagnosis: Diagnosis, merge: Merge) -> Iterator[Finding]:
             f"all task vectors point the same way (cosines {cosines.min():.2f} to "
             f"{cosines.max():.2f}).",
             "They contain one common change, which a sum adds as often as there are experts: "
-            "probably all were fine-tuned from another model than this base.",
-            "Set base_model to that model.",
+            f"probably all were {common[0]}.",
+            common[1],
         )
         return
     for pair, cosine in cosines.items():
@@ -124,6 +139,9 @@ def alike(diagnosis: Diagnosis, merge: Merge) -> Iterator[Finding]:
             found = f"their task vectors share a change (cosine {cosine:.2f})."
             meaning = "One was trained on from the other, or both from another model than the base."
             remedy = "Leave one out, or set base_model to what they have in common."
+            if adapters[list(pair)].all():
+                meaning = "One was trained on from the other, or both from one adapter."
+                remedy = "Leave one of them out."
         elif cosine < OPPOSED:
             found = f"their task vectors point against each other (cosine {cosine:.2f})."
             meaning = "What one has learnt the other undoes, in a sum both lose."

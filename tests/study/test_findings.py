@@ -72,6 +72,25 @@ def test_an_expert_of_another_base(base, experts):
     assert finding.severity == "problem" and finding.experts == ("b",)
 
 
+def test_adapters_norms_and_cosines_say_nothing_of_their_base():
+    """Another base is what a whole model far away tells of; an adapter's update is large."""
+    far = made_up(stored="adapter", cosine_with_base=0.9, relative_norm=0.88)
+    alike = made_up(of_pairs={"cosine": [0.9, 0.9, 0.9]}, stored="adapter")
+    related = made_up(
+        of_pairs={"cosine": [0.9, 0.0, 0.0]}, stored=["adapter", "adapter", "bfloat16"]
+    )
+    for found, word in (
+        (far, "warning: a: its update is 88% as long as the base's weights."),
+        (alike, "problem: a, b, c: all task vectors point the same way"),
+        (related, "warning: a, b: their task vectors share a change"),
+    ):
+        said = "\n".join(f"{finding.severity}: {finding}" for finding in findings.find(found))
+        assert word in said and "another base" not in said and "base_model" not in said
+        assert "another model" not in said
+    mixed = texts(stored=["adapter", "bfloat16", "bfloat16"], of_pairs={"cosine": [0.9, 0.0, 0.0]})
+    assert "another model than the base" in mixed
+
+
 def test_all_experts_of_another_base(base):
     """Trained on from the base by three times what each expert adds: each alone looks fine."""
     on = moved(base, random(9, 0.15))
