@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -604,7 +605,9 @@ def test_killed_at_every_step_of_writing(tmp_path):
     assert counts["new"] > 20 and counts["replacing"] > counts["new"] and counts["put back"] == 1
 
 
-def test_the_command_itself_killed_while_it_writes(study):
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+def test_the_command_itself_killed_while_it_writes(study, end):
+    """SIGTERM as a scheduler sends it, SIGHUP as a terminal that closes: nothing catches them."""
     study.arguments = ["--overwrite"]
     assert run(study) == 0
     expected = snapshot(study.output)
@@ -612,11 +615,16 @@ def test_the_command_itself_killed_while_it_writes(study):
     command += ["--output", str(study.output)]
     partial = study.output.with_name(".out.partial")
     shutil.rmtree(study.output)
-    started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    handled = signal.signal(end, signal.SIG_DFL) if end != signal.SIGKILL else None
+    started = subprocess.Popen(command, **silent)  # which inherits whether SIGHUP is ignored
+    if handled is not None:
+        signal.signal(end, handled)
     while not partial.exists() and started.poll() is None:
         time.sleep(0.001)
-    started.kill()
-    assert started.wait() == -9 and partial.exists() and not study.output.exists()
+    started.send_signal(end)
+    assert started.wait() == -end and not study.output.exists()
+    assert partial.exists() and study.output.with_name(".out.lock").exists()
     assert run(study) == 0
     same = {path for path, content in snapshot(study.output).items() if expected[path] == content}
     assert expected.keys() - same == {str(study.output / "merge_report.json")}
