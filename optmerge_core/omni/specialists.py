@@ -124,6 +124,7 @@ def _with_adapter(adapter: Checkpoint) -> tuple[PreTrainedModel, Checkpoint]:
             model.resize_token_embeddings(max(rows), mean_resizing=False)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is dep")  # PEFT asks it
             adapted = PeftModel.from_pretrained(model, adapter.folder, **_placed(adapter, model))
         for name, module in adapted.named_modules():
             if isinstance(module, LoraLayer) and "language_model" in name:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -276,6 +277,15 @@ def adapted(model, folder, base, **settings):
 def edit(folder, **settings):
     content = json.loads((folder / "adapter_config.json").read_text()) | settings
     (folder / "adapter_config.json").write_text(json.dumps(content))
+
+
+def test_an_adapter_is_opened_without_a_word_of_what_peft_asks_transformers(family, tmp_path):
+    model = LlavaForConditionalGeneration.from_pretrained(family.folders["vision"])
+    adapted(model, tmp_path / "adapter", family.folders["vision"])
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        open_specialist(tmp_path / "adapter")
+    assert [str(warning.message) for warning in told] == []
 
 
 @pytest.mark.parametrize("targets", [["up_proj", "q_proj"], ["layers.1.self_attn.q_proj"]])
