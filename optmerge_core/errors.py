@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 
 class MissingExtra(ImportError):
@@ -26,14 +27,20 @@ def extra(name: str) -> Iterator[None]:
 
 
 def exit_status(command: Callable[[], object]) -> int:
-    """Run a command; 0, or 1 for an error that is explained on stderr. Warnings are notices there.
+    """Run a command; 0, or 1 for an error that is explained on stderr.
 
+    Warnings are notices there, each text once, though catch_warnings() makes Python forget them.
     130, as shells count it, when it was interrupted: a merge leaves nothing then, a run continues
     where it was.
     """
+
+    @cache
+    def told(text: str) -> None:
+        print(f"notice: {text}", file=sys.stderr)
+
     with warnings.catch_warnings():
         warnings.simplefilter("default")
-        warnings.showwarning = lambda message, *_: print(f"notice: {message}", file=sys.stderr)
+        warnings.showwarning = lambda message, *_: told(str(message))
         try:
             command()
         except (ValueError, OSError, MissingExtra) as error:

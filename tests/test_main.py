@@ -3,6 +3,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import huggingface_hub
@@ -16,6 +17,7 @@ from web import Web
 from optmerge_core.__main__ import main
 from optmerge_core.checkpoints.open import open_checkpoint
 from optmerge_core.checkpoints.writer import CheckpointWriter
+from optmerge_core.errors import exit_status
 
 RECIPES = Path(__file__).parents[1] / "data" / "recipes"
 
@@ -152,6 +154,21 @@ def test_an_interrupted_merge_leaves_nothing(recipe, tmp_path, capsys, monkeypat
     assert main(["merge", recipe, "--output", str(tmp_path / "out")]) == 130
     assert capsys.readouterr().err.endswith("interrupted\n")
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+
+
+def test_a_notice_is_told_once(capsys):
+    """Also where filters change between two openings of a folder, as transformers does it."""
+
+    def command():
+        for _ in range(2):
+            for text in ("the folder holds both", "another"):
+                warnings.warn(text, stacklevel=1)
+            with warnings.catch_warnings(action="ignore"):
+                warnings.warn("not a notice", stacklevel=1)
+
+    for _ in range(2):  # of each command
+        assert exit_status(command) == 0
+        assert capsys.readouterr().err == "notice: the folder holds both\nnotice: another\n"
 
 
 def test_errors_are_one_line_and_exit_status_1(tmp_path):
