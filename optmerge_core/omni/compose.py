@@ -33,7 +33,7 @@ from optmerge_core.omni.specialists import (
     load_tokenizer,
     open_language_models,
 )
-from optmerge_core.omni.tokens import check_placeholders, reconcile, renumbered, with_added_rows
+from optmerge_core.omni.tokens import check_tokens, reconcile, renumbered, with_added_rows
 from optmerge_core.runtime import Meter, parse_device, parse_dtype
 from optmerge_core.task_vectors.stack import TaskVectors
 
@@ -83,7 +83,7 @@ def compose(
     check_folders(models.base, models.experts, Path(output_dir))
     tokenizer = load_tokenizer(models.base.folder)
     ids = reconcile(tokenizer, opened) if tokenizer else {modality: {} for modality in opened}
-    check_placeholders(opened, ids)
+    check_tokens(opened, ids)
     settings = {"method": method, "scaling_coefficient": scaling_coefficient, "seed": seed}
     merger = _merger(models, stored, chosen, trim, options=options, **settings)
     with CheckpointWriter(output_dir, max_shard_size, overwrite=overwrite) as writer:

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from optmerge_core.checkpoints.names import EMBEDDINGS
 from optmerge_core.omni.specialists import Specialist
 
 TOKEN_ID = re.compile(r".+_token_(id|index)")
+FEATURE = re.compile(r"(image|video|audio|speech|vision)_token_(id|index)")
+"""of a placeholder in whose place a tower's features stand; other tokens are read as words"""
 
 
 def reconcile(
@@ -53,7 +56,13 @@ def renumbered(config: Mapping[str, Any], ids: Mapping[int, int]) -> dict[str, A
     return dict(config) | {k: ids.get(v, v) for k, v in _placeholders(config).items()}
 
 
-def check_placeholders(
+def check_tokens(opened: Mapping[str, Specialist], ids: Mapping[str, Mapping[int, int]]) -> None:
+    """Refuse tokens that two kinds of input claim, or whose rows no specialist has."""
+    _check_placeholders(opened, ids)
+    _check_rows(opened, ids)
+
+
+def _check_placeholders(
     opened: Mapping[str, Specialist], ids: Mapping[str, Mapping[int, int]]
 ) -> None:
     """Without tokenizers, two kinds of input may claim one token number."""
@@ -69,6 +78,26 @@ def check_placeholders(
                 )
 
 
+def _check_rows(opened: Mapping[str, Specialist], ids: Mapping[str, Mapping[int, int]]) -> None:
+    """Refuse an added token of which no specialist has a row, unless features stand in its place.
+
+    Its specialist cannot read it either (an index out of range); its row was not saved.
+    """
+    rows = {m: specialist.language_model.shape(EMBEDDINGS)[0] for m, specialist in opened.items()}
+    known = {new for m, own in ids.items() for old, new in own.items() if old < rows[m]}
+    for modality, specialist in opened.items():
+        named = _placeholders(specialist.config).items()
+        features = {number for key, number in named if FEATURE.fullmatch(key)}
+        for old, new in ids[modality].items():
+            if specialist.tokenizer and new not in known and old not in features:
+                token = specialist.tokenizer.convert_ids_to_tokens(old)
+                raise ValueError(
+                    f"{modality}: its tokenizer adds {token!r}, number {old}, and its embeddings "
+                    f"have {rows[modality]} rows, none for it; save it again with them (an adapter "
+                    "with save_embedding_layers=True), or take the token out of its tokenizer"
+                )
+
+
 def with_added_rows(
     name: str,
     rows: Tensor,
@@ -77,16 +106,16 @@ def with_added_rows(
 ) -> Tensor:
     """Rows of added tokens after the base's, from the first specialist that has them.
 
-    Placeholders' rows are never read: features stand in their place.
+    Zeros for a placeholder without any: features stand in its place. A specialist without a head
+    of its own has it tied to its embeddings.
     """
     size = max([len(rows), *(1 + new for own in ids.values() for new in own.values())])
     table = torch.cat([rows, rows.new_zeros(size - len(rows), rows.shape[1])])
     filled: dict[int, str] = {}
     for modality, own in ids.items():
         specialist = opened[modality]
-        if name not in specialist.language_model:
-            continue
-        theirs = specialist.language_model[name]
+        language_model = specialist.language_model
+        theirs = language_model[name if name in language_model else EMBEDDINGS]
         placeholders = set(_placeholders(specialist.config).values())
         for old, new in own.items():
             if old >= len(theirs) or (new in filled and old in placeholders):

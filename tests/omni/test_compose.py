@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from specialists import SPECIALISTS, TEXT, VISION, WORDS, prompt, save_tokenizer
 from transformers import (
@@ -334,6 +334,52 @@ def test_an_adapter_with_a_larger_vocabulary(family, tmp_path, settings):
         assert tokenizer.convert_tokens_to_ids(["<image>", "<b>"]) == [WORDS, WORDS + 2]
     assert not (tmp_path / "out/specialists/vision/adapter_config.json").exists()
     OmniForConditionalGeneration.from_pretrained(tmp_path / "out")
+
+
+def test_a_token_whose_row_was_not_saved_is_refused(family, tmp_path):
+    """Zeros would stand for it, and a logit of 0; PEFT's model of the same cannot read it."""
+    base, folder = family.folders["vision"], tmp_path / "adapter"
+    model = LlavaForConditionalGeneration.from_pretrained(base)
+    model.resize_token_embeddings(WORDS + 4, mean_resizing=False)
+    adapted(model, folder, base).save_pretrained(folder, save_embedding_layers=False)
+    edit(folder, base_model_name_or_path=str(base))
+    save_tokenizer(folder, ["<image>", "<a>", "<b>"])
+    own = PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(base), folder)
+    with pytest.raises(IndexError):
+        own(input_ids=torch.tensor([[WORDS + 2]]))
+    text = r"vision: its tokenizer adds '<b>', number 42, and its embeddings have 42 rows, none for"
+    refused(family, tmp_path, {"vision": folder}, f"{text}.*save_embedding_layers=True")
+    save_tokenizer(folder, ["<image>", "<a>"])  # of that token the base has a row
+    compose(family.base, {"vision": folder}, tmp_path / "out", method="task_arithmetic")
+
+
+def test_a_whole_specialist_without_a_words_row_is_refused_and_without_a_features_not(
+    family, tmp_path
+):
+    """Rows as the base has them: no image is looked up there, a word would be."""
+    folder = changed(
+        family,
+        tmp_path,
+        lambda t: {n: x[:WORDS] if len(x) == WORDS + 2 else x for n, x in t.items()},
+    )
+    settings = json.loads((folder / "config.json").read_text())
+    settings["text_config"]["vocab_size"] = WORDS
+    (folder / "config.json").write_text(json.dumps(settings))
+    compose(family.base, {"vision": folder}, tmp_path / "out", method="task_arithmetic")
+    save_tokenizer(folder, ["<image>", "<sep>"])
+    refused(family, tmp_path / "no", {"vision": folder}, "adds '<sep>', number 41, .* have 40 rows")
+
+
+def test_a_tied_specialist_gives_an_untied_base_the_heads_rows_of_its_tokens(family, tmp_path):
+    folder = changed(family, tmp_path, lambda t: {n: x for n, x in t.items() if "lm_head" not in n})
+    settings = json.loads((folder / "config.json").read_text())
+    for part in (settings, settings["text_config"]):
+        part["tie_word_embeddings"] = True
+    (folder / "config.json").write_text(json.dumps(settings))
+    given = SimpleNamespace(base=family.base, folders={"vision": folder})
+    tensors = composed(given, tmp_path / "out", method="task_arithmetic")
+    head, embeddings = tensors["lm_head.weight"], tensors["language_model.embed_tokens.weight"]
+    assert embeddings[WORDS].norm() > 0 and torch.equal(head[WORDS:], embeddings[WORDS:])
 
 
 @pytest.mark.parametrize(
