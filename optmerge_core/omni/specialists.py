@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
@@ -264,4 +265,10 @@ def check_language_model(modality: str, specialist: Specialist, base: LanguageMo
         raise CheckpointError(
             f"{modality}: the specialist's language model has {extra[0]}, which "
             f"{base.folder} has not; specialists must share one language model"
+        )
+    own = specialist.language_model
+    if HEAD in own and HEAD not in base and not torch.equal(own[HEAD], own[EMBEDDINGS]):
+        raise CheckpointError(
+            f"{modality}: {HEAD} is not the specialist's embeddings, which {base.folder} ties it "
+            "to; give the base saved with tie_word_embeddings=False and its head beside"
         )

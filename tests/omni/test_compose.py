@@ -16,6 +16,7 @@ from specialists import SPECIALISTS, TEXT, VISION, WORDS, prompt, save_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -380,6 +381,22 @@ def test_a_tied_specialist_gives_an_untied_base_the_heads_rows_of_its_tokens(fam
     tensors = composed(given, tmp_path / "out", method="task_arithmetic")
     head, embeddings = tensors["lm_head.weight"], tensors["language_model.embed_tokens.weight"]
     assert embeddings[WORDS].norm() > 0 and torch.equal(head[WORDS:], embeddings[WORDS:])
+
+
+def test_a_head_of_its_own_is_not_lost_in_a_tied_base(family, tmp_path):
+    base = LlamaForCausalLM.from_pretrained(family.base)
+    settings = base.config.to_dict() | {"tie_word_embeddings": True}
+    tied = SimpleNamespace(base=shutil.copytree(family.base, tmp_path / "base"))
+    LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(tied.base)
+    assert not any("lm_head" in name for name in load_file(tied.base / "model.safetensors"))
+    message = "vision: lm_head.weight is not the specialist's embeddings, which .*base ties it to"
+    refused(tied, tmp_path, {"vision": family.folders["vision"]}, message)
+    folder = changed(family, tmp_path, lambda t: {
+        n: t[n.replace("lm_head", "model.embed_tokens")].clone() for n in t
+    })  # fmt: skip
+    compose(tied.base, {"vision": folder}, tmp_path / "out", method="task_arithmetic")
+    composed = load_file(tmp_path / "out" / "model.safetensors")
+    assert len(composed["language_model.embed_tokens.weight"]) == WORDS + 1
 
 
 @pytest.mark.parametrize(
