@@ -17,13 +17,7 @@ from torch import Tensor
 from optmerge_core.checkpoints.folder import Checkpoint
 from optmerge_core.checkpoints.formats import ADAPTER_CONFIG, CheckpointError
 from optmerge_core.checkpoints.lora_settings import MERGE, LoraSettings
-from optmerge_core.checkpoints.names import (
-    PREFIX,
-    WRAPPERS,
-    closest_names,
-    is_embeddings,
-    is_head,
-)
+from optmerge_core.checkpoints.names import PREFIX, WRAPPERS, closest_names, is_embeddings, is_head
 from optmerge_core.checkpoints.weights import IN_MEMORY, Weights
 
 KEY = re.compile(

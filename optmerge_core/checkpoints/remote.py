@@ -19,11 +19,7 @@ from urllib.parse import quote, urlsplit
 
 import torch
 from huggingface_hub import HfApi, constants, hf_hub_url, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import build_hf_headers, httpx
 from torch import Tensor
 from tqdm.auto import tqdm

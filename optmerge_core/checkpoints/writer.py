@@ -19,12 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from optmerge_core.checkpoints.formats import (
-    INDEX_NAME,
-    SINGLE_NAME,
-    CheckpointError,
-    side_files,
-)
+from optmerge_core.checkpoints.formats import INDEX_NAME, SINGLE_NAME, CheckpointError, side_files
 
 
 class CheckpointWriter:

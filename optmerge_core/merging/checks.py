@@ -134,10 +134,7 @@ def check_unchanged(unchanged: list[str], experts: int, parameters: int) -> None
 
 
 def check_finite(
-    base: Weights,
-    experts: Mapping[str, Weights],
-    names: Iterable[str],
-    sources: Mapping[str, str],
+    base: Weights, experts: Mapping[str, Weights], names: Iterable[str], sources: Mapping[str, str]
 ) -> None:
     """Raise one `NotFinite` that lists what has NaN or Inf, of these parameters of the base.
 

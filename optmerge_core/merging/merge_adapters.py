@@ -21,9 +21,15 @@ from tqdm.auto import tqdm
 
 from optmerge_core.checkpoints import HUB_ID
 from optmerge_core.checkpoints.adapters import Adapter, Factors
-from optmerge_core.checkpoints.formats import ADAPTER_CONFIG, ADAPTER_NAME, CheckpointError
-from optmerge_core.checkpoints.names import PREFIX, TOWER, other_names
+from optmerge_core.checkpoints.formats import (
+    ADAPTER_CONFIG,
+    ADAPTER_NAME,
+    CheckpointError,
+    read_json,
+)
+from optmerge_core.checkpoints.names import PREFIX, TOWER, is_head, other_names
 from optmerge_core.checkpoints.open import open_checkpoint
+from optmerge_core.checkpoints.weights import InMemory, Weights
 from optmerge_core.checkpoints.writer import CheckpointWriter, check_output
 from optmerge_core.merging.card import adapter_card
 from optmerge_core.merging.checks import (
@@ -31,14 +37,17 @@ from optmerge_core.merging.checks import (
     check_finite_tensor,
     check_request,
     expert_folders,
+    notice,
     with_preset,
 )
+from optmerge_core.merging.heads import ties
 from optmerge_core.merging.report import MergeReport, Record, describe
 from optmerge_core.methods.optmerge import PRESETS
 from optmerge_core.methods.registry import METHODS
 from optmerge_core.runtime import Meter, in_order
 
-HANDED_ON = ("task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version")
+BASE = "base_model_name_or_path"
+HANDED_ON = ("task_type", "auto_mapping", BASE, "revision", "peft_version")
 """of the settings; all others are PEFT's defaults, which hold for any sum of factors"""
 ENTRYWISE = "works on single entries, which leaves the span of the factors"
 IMPOSSIBLE = dict.fromkeys(("ties", "dare_task_arithmetic", "dare_ties"), ENTRYWISE) | {
@@ -113,6 +122,7 @@ def _opened(experts: Mapping[str, str | Path], base_model: str | Path | None) ->
     weights = {name: open_checkpoint(expert, adapter=True) for name, expert in experts.items()}
     base = None if base_model is None else open_checkpoint(base_model)
     opened = {n: Adapter(w, base).factors if base else Factors(w) for n, w in weights.items()}
+    _tell_of_a_tied_head(opened, base)
     known: dict[str, None] = {}
     for factors in opened.values():
         same = other_names(known, factors)
@@ -121,6 +131,18 @@ def _opened(experts: Mapping[str, str | Path], base_model: str | Path | None) ->
         )
         known |= dict.fromkeys(factors)
     return opened
+
+
+def _tell_of_a_tied_head(opened: Mapping[str, Factors], base: Weights | None) -> None:
+    """Where the base is known, as `base` or as a folder that an adapter names."""
+    named = [Path(f.settings.values.get(BASE) or "/", "config.json") for f in opened.values()]
+    bases = [base or InMemory({}, read_json(path)) for path in named if base or path.is_file()]
+    heads = [module for f in opened.values() for module in f if is_head(f"{module}.weight")]
+    if heads and any(map(ties, bases)):
+        notice(
+            f"{heads[0]} is adapted, and the base ties it to its embeddings, which PEFT's "
+            "merge_and_unload() would change too; for a whole model use merge(..., scope='all')"
+        )
 
 
 def _settings(opened: Mapping[str, Factors], rank: int) -> dict[str, Any]:
@@ -147,7 +169,7 @@ def _stored_head(opened: Mapping[str, Factors], module: str) -> dict[str, Tensor
 
 
 def _base_model(settings: Mapping[str, Any]) -> dict[str, Any]:
-    location = str(settings.get("base_model_name_or_path") or "not named")
+    location = str(settings.get(BASE) or "not named")
     revision = settings.get("revision") if HUB_ID.fullmatch(location) else None
     return {"location": location, "revision": revision, "sha256": {}}
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -222,6 +223,36 @@ def test_a_heads_weight_that_all_adapters_have_is_kept(tmp_path):
     with pytest.raises(CheckpointError, match="lm_head: expert b has its base's weight beside"):
         merge_adapters(experts, tmp_path / "other", method="weight_average")
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.filterwarnings("ignore:(Model with|Model has|Setting `save_emb):UserWarning")
+@pytest.mark.parametrize("known", ["base_model", "config"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapted_head_that_the_base_ties_is_named(family, tmp_path, known, tied):
+    base = shutil.copytree(family[0], tmp_path / "base")
+    settings = json.loads((base / "config.json").read_text()) | {"tie_word_embeddings": tied}
+    (base / "config.json").write_text(json.dumps(settings))
+    experts = {n: make_adapter(tmp_path / n, 1, target_modules=["lm_head"]) for n in "ab"}
+    for folder in experts.values():
+        path = folder / "adapter_config.json"
+        named = {"base_model_name_or_path": str(base) if known == "config" else None}
+        path.write_text(json.dumps(json.loads(path.read_text()) | named))
+    given = {"base_model": base} if known == "base_model" else {}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        out = merge_adapters(experts, tmp_path / "out", method="task_arithmetic", **given)
+    said = [str(warning.message) for warning in told if "merge_and_unload" in str(warning.message)]
+    assert len(said) == tied
+    if tied:
+        assert said[0].startswith("lm_head is adapted, and the base ties it to its embeddings")
+        embeddings = tiny_model().model.embed_tokens.weight
+        merged = PeftModel.from_pretrained(tiny_model(), out).merge_and_unload()
+        assert not torch.equal(merged.model.embed_tokens.weight, embeddings)
+        with pytest.warns(match="lm_head.weight is not the embeddings"):
+            merge(base, experts, tmp_path / "whole", method="task_arithmetic", scope="all")
+        whole = open_checkpoint(tmp_path / "whole")
+        assert torch.equal(whole["model.embed_tokens.weight"], embeddings)
+        torch.testing.assert_close(whole["lm_head.weight"], merged.lm_head.weight)
 
 
 @pytest.mark.filterwarnings("ignore:.*whole weights, which are taken")
