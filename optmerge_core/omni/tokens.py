@@ -51,6 +51,12 @@ def _placeholders(config: Mapping[str, Any]) -> dict[str, int]:
     return {k: v for k, v in found.items() if not k.startswith(("pad", "bos", "eos"))}
 
 
+def _features(specialist: Specialist) -> set[int]:
+    """Tokens that are never read as words; without a tokenizer all that the config names."""
+    named = _placeholders(specialist.config).items()
+    return {n for key, n in named if FEATURE.fullmatch(key) or specialist.tokenizer is None}
+
+
 def renumbered(config: Mapping[str, Any], ids: Mapping[int, int]) -> dict[str, Any]:
     """A specialist's config with its modality tokens' numbers in the common vocabulary."""
     return dict(config) | {k: ids.get(v, v) for k, v in _placeholders(config).items()}
@@ -86,11 +92,10 @@ def _check_rows(opened: Mapping[str, Specialist], ids: Mapping[str, Mapping[int,
     rows = {m: specialist.language_model.shape(EMBEDDINGS)[0] for m, specialist in opened.items()}
     known = {new for m, own in ids.items() for old, new in own.items() if old < rows[m]}
     for modality, specialist in opened.items():
-        named = _placeholders(specialist.config).items()
-        features = {number for key, number in named if FEATURE.fullmatch(key)}
+        features, tokenizer = _features(specialist), specialist.tokenizer
         for old, new in ids[modality].items():
-            if specialist.tokenizer and new not in known and old not in features:
-                token = specialist.tokenizer.convert_ids_to_tokens(old)
+            if tokenizer and new not in known and old not in features:
+                token = tokenizer.convert_ids_to_tokens(old)
                 raise ValueError(
                     f"{modality}: its tokenizer adds {token!r}, number {old}, and its embeddings "
                     f"have {rows[modality]} rows, none for it; save it again with them (an adapter "
@@ -116,9 +121,9 @@ def with_added_rows(
         specialist = opened[modality]
         language_model = specialist.language_model
         theirs = language_model[name if name in language_model else EMBEDDINGS]
-        placeholders = set(_placeholders(specialist.config).values())
+        features = _features(specialist)
         for old, new in own.items():
-            if old >= len(theirs) or (new in filled and old in placeholders):
+            if old >= len(theirs) or (new in filled and old in features):
                 continue
             row = theirs[old].to(table.dtype)
             if new in filled and not torch.equal(table[new], row):

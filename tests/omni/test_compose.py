@@ -354,6 +354,24 @@ def test_a_token_whose_row_was_not_saved_is_refused(family, tmp_path):
     compose(family.base, {"vision": folder}, tmp_path / "out", method="task_arithmetic")
 
 
+def test_a_token_before_an_image_is_read_as_a_word(family, tmp_path):
+    """config.json names it as it does <image>; two specialists' rows of it are not one."""
+    folders = {}
+    for number, modality in enumerate(("vision", "audio")):
+        folder = folders[modality] = shutil.copytree(family.folders[modality], tmp_path / modality)
+        placeholder = SPECIALISTS[modality][2]
+        save_tokenizer(folder, [*placeholder, "<start>"])
+        settings = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(
+            json.dumps(settings | {"media_start_token_id": WORDS + 1})
+        )
+        tensors = load_file(folder / "model.safetensors")
+        (name,) = (n for n in tensors if n.endswith("embed_tokens.weight"))
+        tensors[name][WORDS + 1] = number
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    refused(family, tmp_path, folders, "token 41 is trained in vision and in audio, with different")
+
+
 def test_a_whole_specialist_without_a_words_row_is_refused_and_without_a_features_not(
     family, tmp_path
 ):
