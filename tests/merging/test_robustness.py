@@ -283,7 +283,7 @@ DAMAGES = {
     adapter_of_a_deeper_base: r"layers.7.mlp.up_proj stands for none .*another base model's",
     adapter_that_is_more_than_lora: r"adapter uses use_dora; merge it into its base model",
     pickle_that_runs_code: r"pytorch_model.bin: this pickle asks for \w+.mkdir.* was not run",
-    no_weights: r"ocr: no safetensors weights.* convert",
+    no_weights: r"ocr: no safetensors weights.* give the folder that has them",
     config_that_is_no_json: r"base.config.json: not valid JSON .* download it again",
     config_with_wrong_types: r"base.config.json: model_type is \['internvl'\]",
     link_out_of_the_base: r"base.vocab.txt is a link to \S+secret.txt, which is outside",
