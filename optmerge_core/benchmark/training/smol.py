@@ -20,10 +20,10 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from optmerge_core.benchmark.models.smol import build_model, build_processor
-from optmerge_core.benchmark.tasks.english.drawing import TURNS
 from optmerge_core.benchmark.tasks.english.samples import TASKS, sample
 from optmerge_core.benchmark.training import tower
 from optmerge_core.benchmark.training.chat import chat_batches, chat_loss
+from optmerge_core.benchmark.training.experts import Collate
 from optmerge_core.merging.families import mergeable
 
 BASE_TASKS = dict.fromkeys(TASKS, 1.0)
@@ -53,33 +53,6 @@ class Pictures(Dataset):
 
         level = drawn(8, index // self.batch, self.levels)
         return sample(drawn(9, index, self.tasks), "train", index, level, self.seed)
-
-
-@dataclass(frozen=True)
-class Collate:
-    """Samples to input_ids, labels (b, t), padded right, and pixel_values (b, 3, 112, 112)."""
-
-    processor: object
-    turns: int = TURNS
-
-    def __call__(self, samples):
-        tokenizer, rows = self.processor.tokenizer, []
-        for drawn in samples:
-            turns = [(turn.question, turn.answer) for turn in drawn.turns[: self.turns]]
-            rows.append(tokenizer(self.processor.conversation(turns))["input_ids"])
-        width = max(sum(map(len, row)) for row in rows)
-        input_ids = torch.full((len(rows), width), tokenizer.pad_token_id)
-        labels = torch.full((len(rows), width), -100)
-        for row, tokens, targets in zip(rows, input_ids, labels, strict=True):
-            start = 0
-            for number, part in enumerate(row):  # question, answer, question, answer, ...
-                end = start + len(part)
-                tokens[start:end] = torch.tensor(part)
-                if number % 2:
-                    targets[start:end] = tokens[start:end]
-                start = end
-        images = self.processor.image_inputs(np.stack([s.image for s in samples]), input_ids)
-        return {"input_ids": input_ids, "labels": labels, **images}
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,7 @@ from dataclasses import dataclass, field
 from numpy.random import Generator
 
 from optmerge_core.benchmark.tasks.english.cast import STEPS
-from optmerge_core.benchmark.tasks.english.drawing import (
-    Turn,
-    choice,
-)
+from optmerge_core.benchmark.tasks.english.drawing import Turn
 from optmerge_core.benchmark.tasks.english.stage import Scene
 from optmerge_core.benchmark.tasks.english.things import (
     all_facts,
@@ -31,6 +28,7 @@ from optmerge_core.benchmark.tasks.english.where import (
     sides,
     unlike,
 )
+from optmerge_core.benchmark.tasks.scenes import choice
 
 SAID = {
     "name": ("What is {where}?", "What do you see {where}?", "Name the thing {where}."),

@@ -4,7 +4,6 @@ In training and validation what a theme asks about is never a fact kept for the 
 two fifths of the scenes are drawn for such a fact.
 """
 
-from optmerge_core.benchmark.tasks.english.drawing import choice
 from optmerge_core.benchmark.tasks.english.stage import look_of
 from optmerge_core.benchmark.tasks.english.things import (
     PAINTS,
@@ -14,6 +13,7 @@ from optmerge_core.benchmark.tasks.english.things import (
     names,
     things,
 )
+from optmerge_core.benchmark.tasks.scenes import choice
 
 STEPS = 2  # classes of size between animals of which one is clearly larger
 

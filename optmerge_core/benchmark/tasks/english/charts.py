@@ -10,15 +10,10 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.patches import Wedge
 
-from optmerge_core.benchmark.tasks.english.drawing import (
-    IMAGE_SIZE,
-    Turn,
-    choice,
-    converse,
-    reserved,
-)
+from optmerge_core.benchmark.tasks.english.drawing import IMAGE_SIZE, Turn, reserved
 from optmerge_core.benchmark.tasks.english.easel import COLORS, STYLE, Easel
 from optmerge_core.benchmark.tasks.english.lettering import words
+from optmerge_core.benchmark.tasks.scenes import choice, converse
 
 GROUPS = ("fruits", "animals", "cities", "sports", "food", "transport", "people", "plants")
 SCALES = {10: (2, 1), 50: (10, 5), 100: (20, 10)}  # top of the axis -> (tick, unit of the values)

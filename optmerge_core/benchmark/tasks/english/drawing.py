@@ -2,20 +2,17 @@
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-import numpy as np
 from PIL import Image
 
 IMAGE_SIZE = 112
 CELLS = 7  # image tokens each way
 CELL = IMAGE_SIZE // CELLS  # pixels of the picture that one image token stands for, each way
 UNITS = 100  # a box's numbers count hundredths of the picture's width or height, 0 to 99
-TURNS = 4  # questions asked about one training picture at most
-SPLITS = ("train", "validation", "test")
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """A question, its answer and the kind of question (the sub-task).
 
     `blind`: a language model may answer it without the picture, by what it knows.
@@ -53,10 +50,6 @@ def reserved(*parts, share=0.25):
     return digest("reserved", *parts) % 1000 < 1000 * share
 
 
-def choice(rng, items):
-    return items[int(rng.integers(len(items)))]
-
-
 def box_text(box):
     """A box in pixels (left, top, right, bottom) as people would write it: '12 30 48 75'."""
     scaled = (round(v / IMAGE_SIZE * UNITS) for v in box)
@@ -74,18 +67,3 @@ def covered(box, least=0.25):
             if width > 0 and height > 0 and width * height >= least * CELL * CELL:
                 found.append((row, column))
     return found
-
-
-def converse(rng, turns, weights, most=TURNS):
-    """Up to `most` of the turns, none twice: each time a kind by its weight, then one of the kind.
-
-    weights: {kind: weight}; kinds it lacks are not asked.
-    """
-    left, asked = [turn for turn in turns if turn.kind in weights], []
-    while left and len(asked) < most:
-        kinds = [kind for kind in weights if any(turn.kind == kind for turn in left)]
-        shares = np.cumsum([weights[kind] for kind in kinds])
-        kind = kinds[int(np.searchsorted(shares, rng.random() * shares[-1], side="right"))]
-        asked.append(choice(rng, [turn for turn in left if turn.kind == kind]))
-        left.remove(asked[-1])
-    return asked

@@ -16,15 +16,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from PIL import Image
 
-from optmerge_core.benchmark.tasks.english.drawing import (
-    CELL,
-    CELLS,
-    IMAGE_SIZE,
-    Drawing,
-    choice,
-    covered,
-)
+from optmerge_core.benchmark.tasks.english.drawing import CELL, CELLS, IMAGE_SIZE, Drawing, covered
 from optmerge_core.benchmark.tasks.english.lettering import font_path
+from optmerge_core.benchmark.tasks.scenes import choice
 
 COLORS = {
     "red": (0.84, 0.19, 0.19),

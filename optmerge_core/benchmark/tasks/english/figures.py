@@ -7,7 +7,8 @@ whether its numbers shall be small.
 import math
 from dataclasses import dataclass
 
-from optmerge_core.benchmark.tasks.english.drawing import IMAGE_SIZE, choice
+from optmerge_core.benchmark.tasks.english.drawing import IMAGE_SIZE
+from optmerge_core.benchmark.tasks.scenes import choice
 
 SIDES = {"triangle": 3, "square": 4, "rectangle": 4, "pentagon": 5, "hexagon": 6, "octagon": 8}
 TRIPLES = ((3, 4, 5), (6, 8, 10), (5, 12, 13), (9, 12, 15), (8, 15, 17), (12, 16, 20))

@@ -13,13 +13,12 @@ from optmerge_core.benchmark.tasks.english.drawing import (
     IMAGE_SIZE,
     Drawing,
     Turn,
-    choice,
-    converse,
     covered,
     reserved,
 )
 from optmerge_core.benchmark.tasks.english.figures import FIGURES, SIDES, UNKNOWN, integer
 from optmerge_core.benchmark.tasks.english.lettering import allowed, font
+from optmerge_core.benchmark.tasks.scenes import choice, converse
 
 FINE = 3  # lines are drawn this much larger first, for smooth edges
 FACES = ("sans", "bold", "serif", "stix bold", "modern sans", "typewriter")

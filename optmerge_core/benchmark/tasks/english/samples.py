@@ -6,9 +6,8 @@ from importlib import import_module
 
 import numpy as np
 
-from optmerge_core.benchmark.tasks.english.drawing import SPLITS, Turn
-from optmerge_core.benchmark.tasks.samples import SPLITS as SHARES
-from optmerge_core.benchmark.tasks.samples import image_hash
+from optmerge_core.benchmark.tasks import samples
+from optmerge_core.benchmark.tasks.samples import SPLITS, image_hash
 
 DRAW = {
     "VQA": "scenes:vqa",
@@ -22,11 +21,9 @@ TASKS = tuple(DRAW)
 
 
 @dataclass(frozen=True)
-class Sample:
+class Sample(samples.Sample):
     """A picture, uint8 (112, 112, 3), the turns about it, what its cells show: see `Drawing`."""
 
-    image: np.ndarray
-    turns: list[Turn]
     cells: dict[tuple[int, int], list[str]]
 
 
@@ -43,9 +40,9 @@ def sample(task, split, index, level="full", seed=0):
     As in `tasks/samples.py`: splits differ in their random stream and in their pictures, whose hash
     says to which split they may belong.
     """
-    rng = np.random.default_rng([seed, SPLITS.index(split), 100 + TASKS.index(task), index])
+    rng = np.random.default_rng([seed, list(SPLITS).index(split), 100 + TASKS.index(task), index])
     while True:
         drawing = draw(task)(rng, split, level)
         pixels = np.asarray(drawing.image)
-        if int(image_hash(pixels), 16) % 10 in SHARES[split]:
+        if int(image_hash(pixels), 16) % 10 in SPLITS[split]:
             return Sample(pixels, drawing.turns, drawing.cells)

@@ -12,13 +12,7 @@ from optmerge_core.benchmark.tasks.english.asking import (
     needs,
 )
 from optmerge_core.benchmark.tasks.english.cast import draw_cast
-from optmerge_core.benchmark.tasks.english.drawing import (
-    Drawing,
-    Turn,
-    box_text,
-    choice,
-    converse,
-)
+from optmerge_core.benchmark.tasks.english.drawing import Drawing, Turn, box_text
 from optmerge_core.benchmark.tasks.english.stage import stage
 from optmerge_core.benchmark.tasks.english.where import (
     beside,
@@ -27,6 +21,7 @@ from optmerge_core.benchmark.tasks.english.where import (
     places,
     unlike,
 )
+from optmerge_core.benchmark.tasks.scenes import choice, converse
 
 FARTHEST = {"leftmost": "on the left", "rightmost": "on the right"}
 FARTHEST |= {"highest": "at the top", "lowest": "at the bottom"}

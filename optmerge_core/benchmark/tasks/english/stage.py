@@ -6,7 +6,7 @@ from functools import cached_property
 import numpy as np
 from PIL import Image, ImageDraw
 
-from optmerge_core.benchmark.tasks.english.drawing import CELL, CELLS, IMAGE_SIZE, choice
+from optmerge_core.benchmark.tasks.english.drawing import CELL, CELLS, IMAGE_SIZE
 from optmerge_core.benchmark.tasks.english.things import (
     PAINTS,
     Thing,
@@ -14,6 +14,7 @@ from optmerge_core.benchmark.tasks.english.things import (
     opaque,
     picture,
 )
+from optmerge_core.benchmark.tasks.scenes import choice
 
 GROUNDS = {
     "red": (222, 62, 56),

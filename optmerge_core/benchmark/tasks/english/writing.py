@@ -9,14 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from PIL import Image, ImageDraw
 
-from optmerge_core.benchmark.tasks.english.drawing import (
-    IMAGE_SIZE,
-    Drawing,
-    Turn,
-    choice,
-    converse,
-    reserved,
-)
+from optmerge_core.benchmark.tasks.english.drawing import IMAGE_SIZE, Drawing, Turn, reserved
 from optmerge_core.benchmark.tasks.english.lettering import (
     FACES,
     HANDS,
@@ -26,6 +19,7 @@ from optmerge_core.benchmark.tasks.english.lettering import (
     words,
     write,
 )
+from optmerge_core.benchmark.tasks.scenes import choice, converse
 
 ORDINALS = ("first", "second", "third")
 ASK = {
