@@ -51,10 +51,11 @@ class Words:
         target = np.zeros((CELLS**2, len(self.ids)), dtype=np.float32)
         for (row, column), words in words_of(drawn).items():
             line = target[row * CELLS + column]
-            for word in words:
+            shares = 1 / np.arange(1, len(words) + 1)  # the first letter of a cell weighs most
+            for word, share in zip(words, shares / shares.sum(), strict=True):
                 tokens = [self._row[t] for t in self.tokens(word) if t in self._row]
                 for token in tokens:
-                    line[token] += (1 - PLACE) / len(words) / len(tokens)
+                    line[token] += (1 - PLACE) * share / len(tokens)
             for place in (row, CELLS + column):
                 line[self._row[self.places[place]]] += PLACE / 2
         return target
