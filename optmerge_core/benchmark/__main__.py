@@ -13,7 +13,7 @@ from optmerge_core.errors import exit_status
 
 COMMANDS = {
     "questions": "tasks.samples:write_splits",
-    "train": "training.experts:build",
+    "train": "training.build:build",
     "omni-train": "training.omni:build",
     "seeds": "experiments.seeds:main",
     "omni-seeds": "experiments.omni_seeds:main",
@@ -21,7 +21,7 @@ COMMANDS = {
     "ranks": "experiments.ranks:main",
 }
 """Command -> its file and function, imported when it is asked for."""
-FAMILIES, MODALITIES = ("internvl", "qwen2_vl"), ("vision", "audio", "video")
+FAMILIES, MODALITIES = ("internvl", "qwen2_vl", "smol"), ("vision", "audio", "video")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ import pytest
 
 from optmerge_core.benchmark.__main__ import COMMANDS, FAMILIES, MODALITIES, main, parser
 from optmerge_core.benchmark.models import omni
-from optmerge_core.benchmark.models.registry import EMBEDDED_FAMILIES
+from optmerge_core.benchmark.training.build import REGIMES
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = str(ROOT / "data" / "recipes" / "omni.yaml")
@@ -58,4 +58,4 @@ def test_what_there_is_not(words, capsys):
 
 
 def test_what_may_be_chosen_is_what_can_be_trained():
-    assert FAMILIES == tuple(EMBEDDED_FAMILIES) and MODALITIES == omni.MODALITIES
+    assert FAMILIES == tuple(REGIMES) and MODALITIES == omni.MODALITIES

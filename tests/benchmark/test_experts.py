@@ -5,15 +5,10 @@ import pytest
 import torch
 
 from optmerge_core import open_checkpoint
-from optmerge_core.benchmark.training.experts import (
-    Samples,
-    build,
-    fine_tune,
-    plan,
-    save,
-    train,
-    train_base,
-)
+from optmerge_core.benchmark.tasks.samples import sample
+from optmerge_core.benchmark.training.build import build, plan
+from optmerge_core.benchmark.training.experts import fine_tune, train, train_base
+from optmerge_core.benchmark.training.loop import Samples, save
 from optmerge_core.checkpoints.open import open_expert
 from optmerge_core.merging.families import mergeable
 
@@ -65,14 +60,14 @@ def test_mixture_sees_as_many_samples_as_the_experts():
 
 
 def test_a_batch_has_one_level():
-    data = Samples(160, 16, {"VQA": 1.0}, {"caption": 0.5, "full": 0.5}, seed=0)
+    data = Samples(sample, 160, 16, {"VQA": 1.0}, {"caption": 0.5, "full": 0.5}, seed=0)
     levels = [{data[i].kind == "caption" for i in range(s, s + 16)} for s in range(0, 160, 16)]
     assert all(len(level) == 1 for level in levels)
     assert {True} in levels and {False} in levels
 
 
 def test_a_mixture_draws_every_task():
-    data = Samples(200, 20, {"VQA": 0.5, "OCR": 0.5}, {"full": 1.0}, seed=0)
+    data = Samples(sample, 200, 20, {"VQA": 0.5, "OCR": 0.5}, {"full": 1.0}, seed=0)
     ocr = sum("letter" in data[i].question or "text" in data[i].question for i in range(200))
     assert 60 < ocr < 140
 

@@ -9,7 +9,7 @@ from optmerge_core import open_checkpoint
 from optmerge_core.benchmark.evaluator import EmbeddedEvaluator, evaluator_for
 from optmerge_core.benchmark.models.registry import EMBEDDED_FAMILIES, build_model, build_processor
 from optmerge_core.benchmark.tasks.samples import TASKS, make_dataset, sample
-from optmerge_core.benchmark.training.experts import Collate
+from optmerge_core.benchmark.training.loop import Collate
 from optmerge_core.merging.families import mergeable
 
 

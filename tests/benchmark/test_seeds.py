@@ -11,7 +11,7 @@ from optmerge_core.benchmark.evaluator import evaluator_for
 from optmerge_core.benchmark.experiments import ranks, seeds
 from optmerge_core.benchmark.experiments.variants import ablation, beyond
 from optmerge_core.benchmark.tasks.samples import TASKS
-from optmerge_core.benchmark.training.experts import SEEDS
+from optmerge_core.benchmark.training.build import SEEDS
 from optmerge_core.evaluation.questions import load_split
 
 

@@ -113,7 +113,7 @@ def test_generation_with_and_without_a_cache_agree(family, omni, weights):
 @torch.no_grad()
 def test_an_adapter_for_features_and_one_for_text(family, tmp_path, weights):
     """A decoupled specialist is the routed model with its two adapters' weights."""
-    from optmerge_core.benchmark.training.experts import save
+    from optmerge_core.benchmark.training.loop import save
 
     torch.manual_seed(3)
     model = type(family.models["vision"]).from_pretrained(family.folders["vision"])

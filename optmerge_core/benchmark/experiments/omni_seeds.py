@@ -18,7 +18,7 @@ from optmerge_core.benchmark.experiments.omni_evaluation import (
     draw_questions,
 )
 from optmerge_core.benchmark.experiments.seeds import write
-from optmerge_core.benchmark.training.experts import SEEDS
+from optmerge_core.benchmark.training.build import SEEDS
 from optmerge_core.evaluation.selection import best_scaling, search_scaling
 from optmerge_core.methods.registry import METHODS
 from optmerge_core.omni import compose

@@ -11,7 +11,9 @@ from tqdm.auto import tqdm
 
 from optmerge_core.benchmark.experiments.seeds import evaluate, evaluators, write
 from optmerge_core.benchmark.tasks.samples import TASKS
-from optmerge_core.benchmark.training.experts import REGIMES, SEEDS, fine_tune, save
+from optmerge_core.benchmark.training.build import REGIMES, SEEDS
+from optmerge_core.benchmark.training.experts import fine_tune
+from optmerge_core.benchmark.training.loop import save
 from optmerge_core.study.recipe import load_recipe
 
 RANKS = {f"rank {rank}": REGIMES["qwen2_vl"]["lora"] | {"rank": rank} for rank in (4,)}

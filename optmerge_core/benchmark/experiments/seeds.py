@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from optmerge_core.benchmark.evaluator import evaluator_for
 from optmerge_core.benchmark.experiments.variants import ablation, beyond
-from optmerge_core.benchmark.training.experts import SEEDS, build
+from optmerge_core.benchmark.training.build import SEEDS, build
 from optmerge_core.checkpoints.open import open_checkpoint, open_expert
 from optmerge_core.evaluation.metrics import accuracy
 from optmerge_core.evaluation.questions import load_split

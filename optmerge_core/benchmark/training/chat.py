@@ -4,11 +4,14 @@ SmolLM2 is let to say what a user might ask (its chat template up to the user's 
 answers; while the base learns, its adapter is held to the original's distribution on these.
 """
 
+import json
+
 import torch
 from torch.nn.functional import kl_div, log_softmax
 from tqdm.auto import tqdm
 
 from optmerge_core.benchmark.models.smol import SYSTEM
+from optmerge_core.places import checkout
 
 WIDTH = 128  # tokens of a conversation at most
 POSITIONS = 384  # of a batch's tokens, those that are compared: each costs 49 152 logits twice
@@ -32,6 +35,12 @@ def conversations(model, tokenizer, count, seed=0, batch=24):
         texts += _texts(tokenizer, answers.tolist())
         bar.update(len(prompts))
     return texts[:count]
+
+
+def shipped_conversations():
+    """Those that `conversations` made once, which take ten minutes to make."""
+    path = checkout() / "data" / "benchmark" / "smol" / "conversations.json"
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _texts(tokenizer, rows):

@@ -28,6 +28,7 @@ from optmerge_core.benchmark.models.omni import (
     feature_extractor,
     image_processor,
 )
+from optmerge_core.benchmark.training.build import SEEDS
 from optmerge_core.benchmark.training.clips import (
     CLASSES,
     HEADS,
@@ -36,7 +37,8 @@ from optmerge_core.benchmark.training.clips import (
     Perceived,
     loader,
 )
-from optmerge_core.benchmark.training.experts import SEEDS, save, train, write_log
+from optmerge_core.benchmark.training.experts import train
+from optmerge_core.benchmark.training.loop import save, write_log
 from optmerge_core.checkpoints.formats import read_json
 from optmerge_core.omni.model import specialist_class
 from optmerge_core.omni.online import TEXT

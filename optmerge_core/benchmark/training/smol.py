@@ -6,7 +6,6 @@ positions that are answered go through the head, whose 49 152 words would cost a
 the layers.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,46 +14,22 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from optmerge_core.benchmark.models.smol import build_model, build_processor
 from optmerge_core.benchmark.tasks.english.samples import TASKS, sample
 from optmerge_core.benchmark.training import tower
-from optmerge_core.benchmark.training.chat import chat_batches, chat_loss
-from optmerge_core.benchmark.training.experts import Collate
+from optmerge_core.benchmark.training.chat import chat_batches, chat_loss, shipped_conversations
+from optmerge_core.benchmark.training.loop import Collate, batches, descend
 from optmerge_core.merging.families import mergeable
 
 TOWER_TASKS = {"VQA": 1.0, "Geometry": 0.7, "Chart": 1.0, "OCR": 2.3, "Grounding": 1.0}
 """letters are learnt last"""
 BASE_TASKS = dict.fromkeys(TASKS, 1.0)
 BASE_LEVELS = {"caption": 0.15, "easy": 0.4, "medium": 0.45}
+CHAT_EVERY = 5
 SIGHT = "model.vision_tower.", "model.multi_modal_projector."
 """what begins the names of tower and projector"""
-
-
-class Pictures(Dataset):
-    """Training sample i of a mixture of tasks and levels, drawn when asked for.
-
-    All tasks of `tasks` (name -> weight) in turn; a batch has one level.
-    """
-
-    def __init__(self, count, batch, tasks, levels, seed):
-        self.count, self.batch, self.seed = count, batch, seed
-        self.tasks, self.levels = tasks, levels
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, index):
-        def drawn(stream, number, weights):
-            shares = np.array(list(weights.values()))
-            rng = np.random.default_rng([self.seed, stream, number])
-            return list(weights)[rng.choice(len(shares), p=shares / shares.sum())]
-
-        level = drawn(8, index // self.batch, self.levels)
-        return sample(drawn(9, index, self.tasks), "train", index, level, self.seed)
 
 
 @dataclass(frozen=True)
@@ -70,55 +45,12 @@ class Named:
         return pixels | {"targets": targets}
 
 
-def batches(collate, count, batch, *, tasks, levels, seed, workers=1):
-    """`count` batches of training pictures, drawn by a process of their own."""
-    pictures = Pictures(count * batch, batch, tasks, levels, seed)
-    return DataLoader(
-        pictures,
-        batch_size=batch,
-        collate_fn=collate,
-        num_workers=workers,
-        multiprocessing_context="fork" if workers else None,
-        prefetch_factor=8 if workers else None,
-    )
-
-
-def descend(
-    loss_of, parameters, stream, *, learning_rate, steps, warmup=0.05, label="", after=None
-):  # fmt: skip
-    """AdamW with linear warm-up and cosine decay; returns the loss of every step.
-
-    loss_of: batch -> loss; parameters: those to train, or groups {"params", "lr"}.
-    """
-    optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.0)
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-
-    def schedule(step):
-        rise = min(1.0, (step + 1) / max(1.0, warmup * steps))
-        return rise * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-
-    scheduler, losses = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule), []
-    bar = tqdm(stream, total=steps, desc=label, mininterval=5)
-    for batch in bar:
-        loss = loss_of(batch)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        scheduler.step()
-        losses.append(loss.item())
-        bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}")
-        if after:
-            after(len(losses))
-    return losses
-
-
 def sight(model):
     """Tower and projector: name -> parameter."""
     return {n: p for n, p in model.named_parameters() if n.startswith(SIGHT)}
 
 
-def train_tower(*, steps=3000, batch=24, learning_rate=1e-3, seed=0, after=None):
+def train_tower(*, steps, batch, learning_rate, seed):
     """A model whose tower and projector name what the cells of pictures show; its losses."""
     processor = build_processor()
     model, words = build_model(processor.tokenizer, seed), tower.Words(processor.tokenizer)
@@ -136,12 +68,11 @@ def train_tower(*, steps=3000, batch=24, learning_rate=1e-3, seed=0, after=None)
 
     levels = dict.fromkeys(tower.LEVELS, 1.0)
     stream = batches(
-        Named(processor, words), steps, batch, tasks=TOWER_TASKS, levels=levels, seed=seed
+        sample, Named(processor, words), steps, batch, tasks=TOWER_TASKS, levels=levels, seed=seed
     )
     losses = descend(
-        loss_of, list(trained.values()), stream, learning_rate=learning_rate, steps=steps,
-        label="tower", after=after and (lambda done: after(done, model)),
-    )  # fmt: skip
+        loss_of, trained.values(), stream, learning_rate=learning_rate, steps=steps, label="tower"
+    )
     return model, losses
 
 
@@ -182,14 +113,11 @@ def answer_loss(model, batch):
     return cross_entropy(words.float(), targets[asked])
 
 
-def train_base(
-    tower_file, texts, *, steps, batch=24, rank=16, learning_rate=6e-4, sight_rate=3e-4,
-    chat_every=5, seed=0,
-):  # fmt: skip
+def train_base(tower_file, *, steps, batch, rank, learning_rate, seed):
     """Adapter, tower and projector of a base that answers easy questions of all kinds, and chats.
 
-    texts: of `chat.conversations`, one batch of them every `chat_every` steps. Returns the PEFT
-    model and its losses.
+    A batch of conversations every CHAT_EVERY steps; tower and projector learn at half the rate.
+    Returns the PEFT model and its losses.
     """
     processor = build_processor()
     model = load_sight(build_model(processor.tokenizer, seed), tower_file)
@@ -198,40 +126,41 @@ def train_base(
     for parameter in seen.values():
         parameter.requires_grad_(True)
     factors = [p for n, p in model.named_parameters() if ".lora_" in n]
-    spoken = chat_batches(processor.tokenizer, texts, 8, seed)
+    spoken = chat_batches(processor.tokenizer, shipped_conversations(), 8, seed)
     generator, count = torch.Generator().manual_seed(seed), iter(range(10**9))
 
     def loss_of(given):
         loss = answer_loss(model, given)
-        if next(count) % chat_every == 0:
+        if next(count) % CHAT_EVERY == 0:
             loss = loss + chat_loss(peft, *next(spoken), generator)
         return loss
 
     stream = batches(
-        Collate(processor), steps, batch, tasks=BASE_TASKS, levels=BASE_LEVELS, seed=seed
+        sample, Collate(processor), steps, batch, tasks=BASE_TASKS, levels=BASE_LEVELS, seed=seed
     )
-    groups = [{"params": factors}, {"params": list(seen.values()), "lr": sight_rate}]
+    groups = [{"params": factors}, {"params": list(seen.values()), "lr": learning_rate / 2}]
     losses = descend(
         loss_of, groups, stream, learning_rate=learning_rate, steps=steps, label="base"
     )
     return peft, losses
 
 
-def fine_tune(
-    base_folder, tasks, *, steps, learning_rate, seed, rank=8, batch=16, label="", after=None
-):  # fmt: skip
-    """An expert of the tasks: a LoRA adapter of the base, from full questions; and its losses."""
+def fine_tune(base_folder, tasks, *, steps, batch, rank, learning_rate, seed, label=""):
+    """An expert of the tasks: a LoRA adapter of the base, from full questions.
+
+    Returns the PEFT model, the processor and the losses.
+    """
     model = AutoModelForImageTextToText.from_pretrained(base_folder, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(base_folder)
     model.requires_grad_(False)
     peft = adapted(model, rank, seed)
     factors = [p for n, p in model.named_parameters() if ".lora_" in n]
     stream = batches(
-        Collate(processor), steps, batch, tasks=dict.fromkeys(tasks, 1.0), levels={"full": 1.0},
-        seed=seed,
+        sample, Collate(processor), steps, batch, tasks=dict.fromkeys(tasks, 1.0),
+        levels={"full": 1.0}, seed=seed,
     )  # fmt: skip
     losses = descend(
         lambda given: answer_loss(model, given), factors, stream, learning_rate=learning_rate,
-        steps=steps, label=label, after=after and (lambda done: after(done, peft)),
+        steps=steps, label=label,
     )  # fmt: skip
-    return peft, losses
+    return peft, processor, losses

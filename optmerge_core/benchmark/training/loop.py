@@ -1,0 +1,141 @@
+"""What every training here does: samples drawn on the way, batches, a descent, a folder, a log."""
+
+import copy
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+
+class Samples(Dataset):
+    """Training sample i of a mixture of tasks and levels (name -> weight), drawn when asked for.
+
+    draw: (task, split, index, level, seed) -> sample. A batch has one level: captions are long,
+    answers short, and padding would cost a third.
+    """
+
+    def __init__(self, draw, count, batch, tasks, levels, seed):
+        self.draw, self.count, self.batch, self.seed = draw, count, batch, seed
+        self.tasks, self.levels = tasks, levels
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        def drawn(stream, number, weights):
+            shares = np.array(list(weights.values()))
+            rng = np.random.default_rng([self.seed, stream, number])
+            return list(weights)[rng.choice(len(shares), p=shares / shares.sum())]
+
+        level = drawn(8, index // self.batch, self.levels)
+        return self.draw(drawn(9, index, self.tasks), "train", index, level, self.seed)
+
+
+@dataclass(frozen=True)
+class Collate:
+    """Samples to one batch: input_ids and labels (b, t), padded right, and the family's images."""
+
+    processor: object
+
+    def __call__(self, samples):
+        tokenizer = self.processor.tokenizer
+        rows = [self.processor.conversation(s.turns) for s in samples]
+        ids = iter(tokenizer([part for row in rows for part in row])["input_ids"])
+        rows = [[next(ids) for _ in row] for row in rows]
+        width = max(sum(map(len, row)) for row in rows)
+        input_ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+        labels = torch.full((len(rows), width), -100)
+        for row, tokens, targets in zip(rows, input_ids, labels, strict=True):
+            start = 0
+            for number, part in enumerate(row):  # question, answer, question, answer, ...
+                end = start + len(part)
+                tokens[start:end] = torch.tensor(part)
+                if number % 2:
+                    targets[start:end] = tokens[start:end]
+                start = end
+        images = self.processor.image_inputs(np.stack([s.image for s in samples]), input_ids)
+        return {"input_ids": input_ids, "labels": labels, **images}
+
+
+def batches(draw, collate, count, batch, *, tasks, levels, seed, workers=1):
+    """`count` batches of training samples, drawn by processes of their own; see `Samples`."""
+    return DataLoader(
+        Samples(draw, count * batch, batch, tasks, levels, seed),
+        batch_size=batch,
+        collate_fn=collate,
+        num_workers=workers,
+        multiprocessing_context="fork" if workers else None,
+        prefetch_factor=8 if workers else None,
+    )
+
+
+def descend(
+    loss_of, parameters, stream, *, learning_rate, steps, weight_decay=0.0, warmup=0.05, decay=True,
+    label="", after_step=None,
+):  # fmt: skip
+    """AdamW with linear warm-up and cosine decay; returns the loss of every step.
+
+    loss_of: batch -> loss; parameters: those to train, or groups {"params", "lr"}; without `decay`
+    the learning rate stays; after_step: called with the number of steps done.
+    """
+    optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=weight_decay)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def schedule(step):
+        rise = min(1.0, (step + 1) / max(1.0, warmup * steps))
+        return rise * (0.5 + 0.5 * math.cos(math.pi * step / steps)) if decay else rise
+
+    scheduler, losses = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule), []
+    bar = tqdm(stream, total=steps, desc=label, mininterval=5)
+    for batch in bar:
+        loss = loss_of(batch)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+        bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}")
+        if after_step:
+            after_step(len(losses))
+    return losses
+
+
+def save(model, processor, folder, base_folder=None):
+    """A Hugging Face folder in float16: bfloat16 would round a small task vector away.
+
+    Of a PEFT model only the adapter, which names `base_folder` by a relative path.
+    """
+    half = copy.deepcopy(model).to(torch.float16)
+    if isinstance(model, PeftModel):
+        for name, config in half.peft_config.items():
+            target = Path(folder, name if name != "default" else "")
+            config.base_model_name_or_path = Path(os.path.relpath(base_folder, target)).as_posix()
+        half.save_pretrained(folder, save_embedding_layers=False)
+        for card in Path(folder).rglob("README.md"):
+            card.unlink()
+    else:
+        half.save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+
+def write_log(folder, settings, losses, started):
+    """<folder>.json: settings, samples, a hundredth of the losses, seconds since `started`."""
+    every = len(losses) // 100 or 1
+    log = settings | {
+        "samples": settings.get("batch", 64) * len(losses),
+        "seconds": round(time.perf_counter() - started, 1),
+        "loss_every": every,
+        "loss": [
+            round(float(np.mean(losses[i : i + every])), 4) for i in range(0, len(losses), every)
+        ],
+    }
+    Path(f"{folder}.json").write_text(json.dumps(log, indent=1) + "\n")
