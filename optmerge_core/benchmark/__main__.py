@@ -66,7 +66,11 @@ def parser() -> argparse.ArgumentParser:
         "seeds": "train, merge and evaluate RECIPE's experts for other seeds: OUTPUT/seeds.csv",
         "omni-seeds": "merge and evaluate RECIPE's specialists of all seeds: OUTPUT/seeds.csv",
     }.items():
-        add(name, text, "recipe", "output").add_argument("--seeds", nargs="+", type=int)
+        sub = add(name, text, "recipe", "output")
+        sub.add_argument("--seeds", nargs="+", type=int)
+        if name == "seeds":
+            text = "train the models of mixture training anew as well"
+            sub.add_argument("--references", action="store_true", default=None, help=text)
     sub = add("subsets", "merge every pair and triple of experts: OUTPUT/subsets.csv")
     sub.add_argument("recipes", metavar="RECIPE", nargs="+")
     sub.add_argument("--output", required=True)

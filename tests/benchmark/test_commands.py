@@ -15,7 +15,7 @@ GIVEN = {
     "questions": "folder",
     "train": "out --family qwen2_vl --only gentle/VQA --seed 2 --width 2",
     "omni-train": "out --seeds 1 2 --modalities vision audio",
-    "seeds": f"{RECIPE} out --seeds 1 2",
+    "seeds": f"{RECIPE} out --seeds 1 2 --references",
     "omni-seeds": f"{RECIPE} out --seeds 1 2",
     "subsets": f"{RECIPE} {RECIPE} --output out",
     "ranks": f"{RECIPE} out",

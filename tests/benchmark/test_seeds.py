@@ -29,13 +29,51 @@ def test_evaluate_has_a_row_for_every_model(monkeypatch):
     monkeypatch.setattr(seeds, "METHODS", {m: METHODS[m] for m in ("weight_average", "tsv")})
     few = study.model_copy(update={"scaling_coefficients": [1.0, 3.0]})
     questions = evaluator_for(study.base_model, load_split(study.evaluation.data, "validation", 8))
-    experts = seeds.expert_folders(few, "not made", SEEDS[0])
-    assert experts == study.experts
-    table = seeds.evaluate(few, experts, questions, questions)
+    assert seeds.trained(few, "not made", SEEDS[0]) is few
+    table = seeds.scores(seeds.evaluate(few, questions, questions))
     variants = [step for step in ablation(study) if step.startswith("+")] + list(beyond())
     models = {"base_model", *TASKS, "mixture", "weight_average", "tsv", *variants}
     assert set(table.index) == models
     assert table.loc["OCR", "OCR"] > table.loc["base_model", "OCR"]
+
+
+def test_a_seed_that_is_done_is_not_done_again(tmp_path, monkeypatch):
+    """Two models with two answers each, one seed there already and one to be made."""
+    answers = pd.DataFrame(
+        {"task": ["OCR", "VQA"], "prediction": ["a", "b"], "correct": [True, False]}
+    )
+    worse = answers.assign(correct=False)
+    made = []
+
+    def evaluate(study, *_):
+        made.append(study)
+        return {"base_model": worse, "OCR": answers}
+
+    monkeypatch.setattr(seeds, "evaluators", lambda _: (None, None))
+    monkeypatch.setattr(seeds, "evaluate", evaluate)
+    monkeypatch.setattr(
+        seeds, "trained", lambda study, folder, seed, references: (seed, references)
+    )
+    seeds.main("data/recipes/qwen2_vl.yaml", tmp_path, [1, 11])
+    seeds.main("data/recipes/qwen2_vl.yaml", tmp_path, [1, 11, 21], references=True)
+    assert made == [(1, False), (11, False), (21, True)]
+    table = pd.read_csv(tmp_path / "seeds.csv", index_col=["seed", "model"])
+    assert table.loc[21].to_dict("index") == {
+        "base_model": {"OCR": 0, "VQA": 0, "Avg": 0}, "OCR": {"OCR": 100, "VQA": 0, "Avg": 50},
+    }  # fmt: skip
+    kept = pd.read_parquet(tmp_path / "answers.parquet").sort_index().loc[(11, "OCR")]
+    assert kept.reset_index(drop=True).equals(answers)
+
+
+def test_another_seed_trains_experts_and_references(tmp_path, monkeypatch):
+    built = []
+    monkeypatch.setattr(seeds, "build", lambda *given, **named: built.append((*given, named)))
+    study = seeds.trained(load_recipe("data/recipes/qwen2_vl.yaml"), tmp_path, 11, references=True)
+    names = [f"lora/{name}" for name in (*TASKS, "mixture")]
+    assert built == [(tmp_path, "qwen2_vl", {"only": name, "seed": 11}) for name in names]
+    assert study.experts == {task: str(tmp_path / "lora" / task) for task in TASKS}
+    assert study.evaluation.references == {"mixture": str(tmp_path / "lora" / "mixture")}
+    assert (tmp_path / "base" / "config.json").exists()
 
 
 def test_experts_of_other_ranks_are_made_once(tmp_path):

@@ -9,7 +9,13 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from optmerge_core.benchmark.experiments.seeds import evaluate, evaluators, write
+from optmerge_core.benchmark.experiments.seeds import (
+    evaluate,
+    evaluators,
+    scores,
+    with_experts,
+    write,
+)
 from optmerge_core.benchmark.tasks.samples import TASKS
 from optmerge_core.benchmark.training.build import REGIMES, SEEDS
 from optmerge_core.benchmark.training.experts import fine_tune
@@ -38,5 +44,5 @@ def main(recipe, output):
     validation, test = evaluators(study)
     for name, settings in tqdm(SETTINGS.items(), desc="ranks"):
         experts = expert_folders(study, Path(output, name.replace(" ", "")), settings)
-        tables[name] = evaluate(study, experts, validation, test)
+        tables[name] = scores(evaluate(with_experts(study, experts), validation, test))
     write(tables, "rank", Path(output, "ranks.csv"))

@@ -1,8 +1,9 @@
 """The merging study for experts of other training seeds: how far do the results scatter?
 
 `python -m optmerge_core.benchmark seeds RECIPE OUT` trains the recipe's experts anew for every seed
-but the shipped one (about ten minutes each on two cores), merges and evaluates them as notebook 05
-does, and writes OUT/seeds.csv: one row per seed and model, accuracy per task on test data.
+but the shipped one (about ten minutes each on two cores; smol's twenty), merges and evaluates them
+as notebook 05 does, and writes OUT/seeds.csv: one row per seed and model, accuracy per task on test
+data. OUT/answers.parquet has the answers themselves. A seed that is done is not done again.
 """
 
 import shutil
@@ -13,7 +14,7 @@ from tqdm.auto import tqdm
 
 from optmerge_core.benchmark.evaluator import evaluator_for
 from optmerge_core.benchmark.experiments.variants import ablation, beyond
-from optmerge_core.benchmark.training.build import SEEDS, build
+from optmerge_core.benchmark.training.build import REGIMES, SEEDS, build
 from optmerge_core.checkpoints.open import open_checkpoint, open_expert
 from optmerge_core.evaluation.metrics import accuracy
 from optmerge_core.evaluation.questions import load_split
@@ -23,16 +24,36 @@ from optmerge_core.study.open import open_study
 from optmerge_core.study.recipe import load_recipe
 
 
-def expert_folders(study, folder, seed):
-    """Name -> folder of the study's experts for a seed; trained into `folder` unless shipped."""
+def trained(study, folder, seed, references=False):
+    """The study with the experts of a seed, trained into `folder` unless they are the shipped ones.
+
+    references: whether its models of mixture training are trained anew as well.
+    """
     if seed == SEEDS[0]:
-        return study.experts
-    family = open_checkpoint(study.base_model).config()["model_type"]
-    shutil.copytree(study.base_model, Path(folder, "base"), dirs_exist_ok=True)
-    names = {name: "/".join(Path(location).parts[-2:]) for name, location in study.experts.items()}
-    for name in names.values():
+        return study
+    base = Path(study.base_model).resolve()
+    family = base.parent.name
+    if family not in REGIMES:
+        family = open_checkpoint(base).config()["model_type"]
+    shutil.copytree(base, Path(folder, "base"), dirs_exist_ok=True)
+
+    def anew(location):
+        name = "/".join(Path(location).parts[-2:])
         build(folder, family, only=name, seed=seed)
-    return {name: str(Path(folder, path)) for name, path in names.items()}
+        return str(Path(folder, name))
+
+    study = with_experts(study, {name: anew(place) for name, place in study.experts.items()})
+    if not references:
+        return study
+    others = {name: anew(place) for name, place in study.evaluation.references.items()}
+    evaluation = study.evaluation.model_copy(update={"references": others})
+    return study.model_copy(update={"evaluation": evaluation})
+
+
+def with_experts(study, experts):
+    """The study with other experts: name -> location, the names those it has."""
+    models = [e.model_copy(update={"model": experts[e.name]}) for e in study.models]
+    return study.model_copy(update={"models": models})
 
 
 def evaluators(study):
@@ -45,13 +66,13 @@ def evaluators(study):
     )
 
 
-def evaluate(study, experts, validation, test):
-    """Test accuracy of the experts, every method and variant, scaled by validation data.
+def evaluate(study, validation, test):
+    """Test answers of the experts, every method and variant, scaled by validation data, by model.
 
     The variants are Table 4's steps and those of `variants.beyond`. The recipe's references
-    (mixture training) and the base model do not depend on the seed, but stand in every seed's rows.
+    (mixture training) and the base model stand beside them.
     """
-    opened = open_study(study, experts=experts)
+    opened = open_study(study)
     base, names = opened.base, opened.names
     variants = {method: (method, study.options(method)) for method in METHODS}
     variants |= {step: v for step, v in ablation(study).items() if step.startswith("+")} | beyond()
@@ -65,10 +86,17 @@ def evaluate(study, experts, validation, test):
 
     scaling = best_scaling(search_scaling(score, variants, study.scaling_coefficients))
     others = {n: open_expert(folder, base) for n, folder in study.evaluation.references.items()}
-    rows = {"base_model": accuracy(test.answer())}
+    answers = {"base_model": test.answer()}
     for name, model in (opened.experts | others).items():
-        rows[name] = accuracy(test.answer({n: model[n] for n in names}))
-    rows |= {m: accuracy(test.answer_merged(base, merged[m], scaling[m])) for m in variants}
+        answers[name] = test.answer({n: model[n] for n in names})
+    for method in variants:
+        answers[method] = test.answer_merged(base, merged[method], scaling[method])
+    return answers
+
+
+def scores(answers):
+    """Accuracy per task and on average, a row for each model of `evaluate`."""
+    rows = {model: accuracy(table) for model, table in answers.items()}
     return pd.DataFrame(rows).T.rename_axis("model")
 
 
@@ -78,10 +106,20 @@ def write(tables, level, path):
     pd.concat(tables, names=[level]).round(4).to_csv(path)
 
 
-def main(recipe, output, seeds=SEEDS):
+def main(recipe, output, seeds=SEEDS, references=False):
     study, tables = load_recipe(recipe), {}
     validation, test = evaluators(study)
     for seed in tqdm(seeds, desc="seeds"):
-        experts = expert_folders(study, Path(output, f"seed{seed}"), seed)
-        tables[seed] = evaluate(study, experts, validation, test)
-    write(tables, "seed", Path(output, "seeds.csv"))
+        folder = Path(output, f"seed{seed}")
+        done = folder / "answers.parquet"
+        if not done.exists():
+            answers = evaluate(trained(study, folder, seed, references), validation, test)
+            columns = ["task", "prediction", "correct"]
+            folder.mkdir(parents=True, exist_ok=True)
+            pd.concat({m: a[columns] for m, a in answers.items()}, names=["model"]).to_parquet(done)
+        tables[seed] = pd.read_parquet(done)
+    by_model = {seed: dict(list(t.groupby("model", sort=False))) for seed, t in tables.items()}
+    write(
+        {s: scores(answers) for s, answers in by_model.items()}, "seed", Path(output, "seeds.csv")
+    )
+    pd.concat(tables, names=["seed"]).to_parquet(Path(output, "answers.parquet"))
