@@ -19,6 +19,7 @@ COMMANDS = {
     "omni-seeds": "experiments.omni_seeds:main",
     "subsets": "experiments.subsets:main",
     "ranks": "experiments.ranks:main",
+    "learning-rates": "experiments.learning_rates:main",
 }
 """Command -> its file and function, imported when it is asked for."""
 FAMILIES, MODALITIES = ("internvl", "qwen2_vl", "smol"), ("vision", "audio", "video")
@@ -59,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--only", help="base, or the folder of one model, as gentle/VQA")
     sub.add_argument("--seed", type=int, help="of the experts (default: as shipped)")
     sub.add_argument("--width", type=int, help="2: four times the parameters")
+    sub.add_argument("--learning-rate", type=float, help="default: the plan's")
     sub = add("omni-train", "train the Omni benchmark's models into OUTPUT", "output")
     sub.add_argument("--seeds", nargs="+", type=int)
     sub.add_argument("--modalities", nargs="+", choices=MODALITIES, help="default: all")
@@ -75,6 +77,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("recipes", metavar="RECIPE", nargs="+")
     sub.add_argument("--output", required=True)
     add("ranks", "RECIPE's study with other ranks, and none: OUTPUT/ranks.csv", "recipe", "output")
+    text = "RECIPE's experts at several learning rates: OUTPUT/learning_rates.csv"
+    add("learning-rates", text, "recipe", "output").add_argument("--rates", nargs="+", type=float)
     return whole
 
 

@@ -13,12 +13,13 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPE = str(ROOT / "data" / "recipes" / "omni.yaml")
 GIVEN = {
     "questions": "folder",
-    "train": "out --family qwen2_vl --only gentle/VQA --seed 2 --width 2",
+    "train": "out --family qwen2_vl --only gentle/VQA --seed 2 --width 2 --learning-rate 1e-3",
     "omni-train": "out --seeds 1 2 --modalities vision audio",
     "seeds": f"{RECIPE} out --seeds 1 2 --references",
     "omni-seeds": f"{RECIPE} out --seeds 1 2",
     "subsets": f"{RECIPE} {RECIPE} --output out",
     "ranks": f"{RECIPE} out",
+    "learning-rates": f"{RECIPE} out --rates 1e-3 2e-3",
 }
 
 

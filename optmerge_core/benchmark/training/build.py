@@ -61,8 +61,10 @@ def plan(family="internvl", seed=SEEDS[0]):
     return jobs
 
 
-def build(output, family="internvl", only=None, seed=SEEDS[0], width=1):
+def build(output, family="internvl", only=None, seed=SEEDS[0], width=1, learning_rate=None):
     """Train what is shipped of a family into `output`: the base, then `plan`'s models (or `only`).
+
+    learning_rate: another than the plan's.
 
     What is there is kept. Beside each folder lies a log of its settings, loss and seconds. On two
     cores about three quarters of an hour for a small family's base, a minute or two for an expert;
@@ -80,6 +82,8 @@ def build(output, family="internvl", only=None, seed=SEEDS[0], width=1):
         if (output / name).exists():
             continue
         started, settings = time.perf_counter(), jobs[name]
+        if learning_rate is not None:
+            settings = settings | {"learning_rate": learning_rate}
         if family == "smol":
             losses, told = _train_smol(output, name, settings)
         else:
