@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from optmerge_core.benchmark.tasks import samples
 from optmerge_core.checkpoints.formats import read_json
 
 TOLD = ("internvl", "qwen2_vl", "omni")
@@ -42,6 +43,15 @@ def check_claims(study, claims):
 def validation_count(study):
     """Validation questions a task where λ is not searched: all of a small study's (None)."""
     return None if is_told(study) else study.evaluation.validation_samples
+
+
+def sampler(study):
+    """What draws a shipped study's samples: (task, split, index, …) -> sample."""
+    if is_shipped(study) and study.name == "smol":
+        from optmerge_core.benchmark.tasks.english import samples as english
+
+        return english.sample
+    return samples.sample
 
 
 def training_log(location):
