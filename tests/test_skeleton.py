@@ -261,6 +261,45 @@ def test_make_refuses_an_old_python(tmp_path):
     assert f"error: Python 3.11 or newer is needed, '{old}' is not" in done.stderr
 
 
+def test_the_package_without_dependencies_is_pinned_in_one_place():
+    """In a comment of requirements.txt, which make reads; whoever else names it names the same."""
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    (pin,) = [line.removeprefix("# --no-deps ") for line in lines if "--no-deps" in line]
+    (specifier,) = Requirement(pin).specifier
+    assert specifier.operator == "==" and "*" not in specifier.version
+    assert f"--no-deps {pin} ||" in make("--dry-run", "setup").stdout
+    name = Requirement(pin).name
+    assert name not in make("--dry-run", "setup", "WEIGHTS=").stdout
+    for path in ("README.md", "optmerge_core/benchmark/models/smol.py"):
+        assert set(re.findall(rf"{name}==[\w.]*\w", (ROOT / path).read_text())) == {pin}
+
+
+def test_make_says_that_other_studies_work_without_the_weights(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$*" in *--no-deps\\ llm-*) exit 1;; esac\n')
+    python.chmod(0o755)
+    installed = tmp_path / "installed"
+    given = [f"PYTHON={python}", f"PY={python}", f"INSTALLED={installed}", "BASE="]
+    done = make("setup", *given)
+    assert done.returncode != 0 and not installed.exists()
+    assert re.search("^error: llm-.* cannot be installed; all studies but smol", done.stderr, re.M)
+    assert make("setup", *given, "WEIGHTS=").returncode == 0 and installed.exists()
+
+
+def test_make_builds_a_recorded_base_once(tmp_path):
+    def plans(*given):
+        command = ["make", "--dry-run", "setup", f"SMOL={tmp_path}", *given]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        return "smol-base" in done.stdout
+
+    assert not plans()
+    (tmp_path / "base.json").touch()
+    assert plans() and not plans("WEIGHTS=")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model.safetensors").touch()
+    assert not plans()
+
+
 def test_ci_runs_all_tests():
     script = ROOT / ".ci" / "run"
     assert script.stat().st_mode & 0o111
