@@ -15,6 +15,7 @@ COMMANDS = {
     "questions": "tasks.samples:write_splits",
     "train": "training.build:build",
     "omni-train": "training.omni:build",
+    "smol-base": "models.smol:base_folder",
     "seeds": "experiments.seeds:main",
     "omni-seeds": "experiments.omni_seeds:main",
     "subsets": "experiments.subsets:main",
@@ -64,6 +65,8 @@ def parser() -> argparse.ArgumentParser:
     sub = add("omni-train", "train the Omni benchmark's models into OUTPUT", "output")
     sub.add_argument("--seeds", nargs="+", type=int)
     sub.add_argument("--modalities", nargs="+", choices=MODALITIES, help="default: all")
+    sub = add("smol-base", "build the base model of the study smol, which does not ship")
+    sub.add_argument("--place", help="of what it is built from (default: data/benchmark/smol)")
     for name, text in {
         "seeds": "train, merge and evaluate RECIPE's experts for other seeds: OUTPUT/seeds.csv",
         "omni-seeds": "merge and evaluate RECIPE's specialists of all seeds: OUTPUT/seeds.csv",

@@ -65,6 +65,9 @@ def _locate(location: str, info: ValidationInfo) -> str:
         for candidate in (info.context / Path(location).expanduser(), Path(location)):
             if candidate.exists():
                 return os.path.relpath(candidate.resolve())
+            log = Path(f"{candidate}.json")  # of its training, which may say how it is built
+            if log.is_file() and (found := re.search(r'"build": "([^"]+)"', log.read_text())):
+                raise ValueError(f"{location!r} is built, not shipped: {found[1]}")
     if HUB_ID.fullmatch(location) or URL.fullmatch(location):
         return location
     adapter = ", nor base_model+adapter" if "+" in location else ""

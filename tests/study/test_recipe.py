@@ -110,6 +110,16 @@ def test_what_may_stand_for_a_model_names_an_adapter_only_where_one_is_meant(wri
     assert ("nor base_model+adapter" in str(caught.value)) == ("+" in model)
 
 
+def test_a_folder_that_is_built_says_by_which_command(write, tmp_path):
+    log = tmp_path / "study" / "absent.json"
+    log.write_text('{"steps": 7, "build": "make it", "loss": 0.5}')
+    with pytest.raises(RecipeError, match="base_model: 'absent' is built, not shipped: make it$"):
+        load_recipe(write(base_model="absent"))
+    log.write_text('{"steps": 7}')
+    with pytest.raises(RecipeError, match="base_model: 'absent' is neither a folder"):
+        load_recipe(write(base_model="absent"))
+
+
 def test_mergekits_parameters_beside_each_model_and_base_in_the_list(write):
     models = [{"model": "base"}]
     models += [{"model": f"experts/{x}", "parameters": {"density": 0.5}} for x in ("ocr", "vqa")]

@@ -52,6 +52,14 @@ class Prompts:
         return self.arrange((pixels - mean[:, None, None]) / std[:, None, None], input_ids)
 
 
+def stop_at_the_end(model, tokenizer):
+    """The model, which ends an answer where the tokenizer does, whatever its own settings."""
+    settings = model.generation_config
+    settings.bos_token_id = None
+    settings.eos_token_id, settings.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    return model
+
+
 def text_config(tokenizer, width, layers):
     """A Qwen2 language model of four heads: what both families' `text_config` say."""
     return {

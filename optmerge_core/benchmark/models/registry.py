@@ -1,7 +1,7 @@
 """The benchmark's model families: random models and processors of the real transformers classes."""
 
 from optmerge_core.benchmark.models import internvl, qwen2vl
-from optmerge_core.benchmark.models.family import Prompts
+from optmerge_core.benchmark.models.family import Prompts, stop_at_the_end
 
 EMBEDDED_FAMILIES = {"internvl": internvl, "qwen2_vl": qwen2vl}
 """config.json's `model_type` -> module with `build_processor` and `build_model`."""
@@ -18,7 +18,4 @@ def build_model(processor, family="internvl", seed=0, **size):
     """A family's model with random weights that the seed decides; generation stops at the end."""
     tokenizer = processor.tokenizer
     model = EMBEDDED_FAMILIES[family].build_model(tokenizer, seed, **size)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.generation_config.bos_token_id = None
-    return model
+    return stop_at_the_end(model, tokenizer)

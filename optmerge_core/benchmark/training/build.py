@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from optmerge_core.benchmark.models.smol import build_base
+from optmerge_core.benchmark.models.smol import BUILD, build_base
 from optmerge_core.benchmark.tasks.samples import TASKS
 from optmerge_core.benchmark.training import experts, smol
 from optmerge_core.benchmark.training.loop import save, write_log
@@ -119,7 +119,7 @@ def _train_smol(output, name, settings):
         model, losses = smol.train_base(tower / sight.name, **settings)
         save(model, None, adapter, output / name)
         smol.save_sight(model.get_base_model(), sight)
-        return losses, {"sha256": build_base(output / name, adapter, sight)}
+        return losses, {"sha256": build_base(output / name, adapter, sight), "build": BUILD}
     model, processor, losses = smol.fine_tune(output / "base", label=name, **settings)
     save(model, processor, output / name, output / "base")
     return losses, {}
