@@ -6,6 +6,7 @@ import torch
 
 from optmerge_core import open_checkpoint
 from optmerge_core.benchmark.tasks.samples import sample
+from optmerge_core.benchmark.training import build as build_module
 from optmerge_core.benchmark.training.build import build, plan
 from optmerge_core.benchmark.training.experts import fine_tune, train, train_base
 from optmerge_core.benchmark.training.loop import Samples, save
@@ -76,6 +77,22 @@ def test_build_keeps_what_is_there(tmp_path):
     (tmp_path / "base").mkdir()
     build(tmp_path, only="base")
     assert list((tmp_path / "base").iterdir()) == []
+
+
+def test_smol_keeps_a_base_that_was_trained_and_refuses_a_width(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(build_module, "base_folder", made.append)
+    monkeypatch.setattr(build_module.smol, "fine_tune", lambda *_, **given: made.append(given))
+    (tmp_path / "base.json").write_text("{}")
+    build(tmp_path, "smol", only="tower")
+    assert made == [tmp_path]
+    with pytest.raises(TypeError):  # nothing is saved of what this one trains
+        build(tmp_path, "smol", only="lora/OCR")
+    assert made[2]["tasks"] == ["OCR"] and made[2]["label"] == "lora/OCR"
+    with pytest.raises(ValueError, match="leave --width out"):
+        build(tmp_path, "smol", width=2)
+    with pytest.raises(ValueError, match="no model 'gentle/OCR'; it has lora/VQA"):
+        build(tmp_path, "smol", only="gentle/OCR")
 
 
 def test_lora_fine_tuning_gives_an_adapter_of_the_base(tmp_path):

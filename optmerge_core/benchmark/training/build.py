@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from optmerge_core.benchmark.models.smol import BUILD, build_base
+from optmerge_core.benchmark.models.smol import BUILD, base_folder, build_base
 from optmerge_core.benchmark.tasks.samples import TASKS
 from optmerge_core.benchmark.training import experts, smol
 from optmerge_core.benchmark.training.loop import save, write_log
@@ -64,17 +64,21 @@ def plan(family="internvl", seed=SEEDS[0]):
 def build(output, family="internvl", only=None, seed=SEEDS[0], width=1, learning_rate=None):
     """Train what is shipped of a family into `output`: the base, then `plan`'s models (or `only`).
 
-    learning_rate: another than the plan's.
-
-    What is there is kept. Beside each folder lies a log of its settings, loss and seconds. On two
-    cores about three quarters of an hour for a small family's base, a minute or two for an expert;
-    at twice the width (four times the parameters) three times that. Of smol: tower and base an hour
-    each, three minutes for an expert. Raises `ValueError` for another width of smol.
+    learning_rate: another than the plan's. What is there is kept. Beside each folder lies a log of
+    its settings, loss and seconds. On two cores about three quarters of an hour for a small
+    family's base, a minute or two for an expert; at twice the width (four times the parameters)
+    three times that. Of smol: tower and base an hour each, three minutes for an expert. Raises
+    `ValueError` for another width of smol.
     """
     if family == "smol" and width != 1:
         raise ValueError("smol: SmolLM2's width is what it is; leave --width out")
     output = Path(output)
     first = SMOL if family == "smol" else {"base": BASES[family] | {"width": width}}
+    if family == "smol" and (output / "base.json").exists():
+        base_folder(output)  # of what was trained before
+        if only in first:
+            return output
+        first = {}
     jobs = first | plan(family, seed)
     for name in [only] if only else jobs:
         if name not in jobs:
