@@ -16,7 +16,7 @@ from optmerge_core.benchmark.models.registry import PROCESSORS
 from optmerge_core.checkpoints.open import open_checkpoint
 from optmerge_core.evaluation.chat import processor_class
 from optmerge_core.evaluation.evaluator import Evaluator
-from optmerge_core.evaluation.metrics import box, box_iou
+from optmerge_core.evaluation.metrics import Box, box_iou
 
 
 def evaluator_for(base_model, data, device="auto", trust_remote_code=False):
@@ -32,7 +32,7 @@ def evaluator_for(base_model, data, device="auto", trust_remote_code=False):
 
 def is_correct(metric, prediction, answer):
     """An embedded model's answer, read to the letter; a box is four location tokens."""
-    if metric is box:
+    if isinstance(metric, Box):
         boxes = [[int(v) for v in re.findall(r"<loc(\d+)>", text)] for text in (prediction, answer)]
         return len(boxes[0]) == 4 and box_iou(*boxes) >= 0.5
     return metric(prediction, answer)

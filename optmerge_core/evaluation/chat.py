@@ -8,7 +8,7 @@ from pathlib import Path
 
 from optmerge_core.checkpoints.formats import read_json
 from optmerge_core.errors import extra
-from optmerge_core.evaluation.metrics import box, metric_of
+from optmerge_core.evaluation.metrics import Box, metric_of
 
 with extra("models"):
     import transformers
@@ -18,8 +18,8 @@ with extra("models"):
 SIDE = 448  # pixels that the shorter side of a picture has at least
 WORD = "Answer with a single word, a number in digits or the characters alone."
 BOX = (
-    "Answer with its box alone, as four numbers from 0 to 1000: left, top, right, bottom, where "
-    "1000 is the picture's whole width or height."
+    "Answer with its box alone, as four numbers from 0 to {unit}: left, top, right, bottom, where "
+    "{unit} is the picture's whole width or height."
 )
 
 
@@ -88,8 +88,10 @@ def enlarged(image):
 
 def messages(sample):
     """The conversation up to the model's answer; of the right answer only its form is told."""
-    text = f"{sample['question']}\n{BOX if metric_of(sample) is box else WORD}"
+    metric = metric_of(sample)
+    form = BOX.format(unit=metric.unit) if isinstance(metric, Box) else WORD
     image = enlarged(sample["image"])
+    text = f"{sample['question']}\n{form}"
     content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
     return [{"role": "user", "content": content}]
 

@@ -5,10 +5,12 @@ accuracy (Chart, as ChartQA has it) and IoU of boxes (Grounding, as RefCOCO has 
 """
 
 import re
+from dataclasses import dataclass
 
 import pandas as pd
 
 NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?!\w)")
+UNIT = 1000  # of a box's numbers, where the questions have no column box_unit: thousandths
 LOCATIONS = 14  # location tokens, <loc0> … <loc14>, count fourteenths of the picture
 BOX_START = ("<loc", "[")
 
@@ -18,13 +20,13 @@ def normalised(text):
     return " ".join(text.lower().split()).strip(" .\"'`*%°")
 
 
-def found_box(text):
-    """The box in an answer, as shares of width and height: its last four numbers over 1000.
+def found_box(text, unit=UNIT):
+    """The box in an answer, as shares of width and height: its last four numbers over `unit`.
 
     None where there are fewer. Location tokens count in their own unit.
     """
     tokens = re.findall(r"<loc(\d+)>", text)
-    numbers, unit = (tokens, LOCATIONS) if tokens else (NUMBER.findall(text), 1000)
+    numbers, unit = (tokens, LOCATIONS) if tokens else (NUMBER.findall(text), unit)
     return [float(n) / unit for n in numbers[-4:]] if len(numbers) >= 4 else None
 
 
@@ -48,10 +50,15 @@ def relaxed(prediction, answer):
     return abs(float(prediction) - float(answer)) <= 0.05 * float(answer)
 
 
-def box(prediction, answer):
-    """IoU >= 0.5, in whatever form the boxes are written."""
-    boxes = found_box(prediction), found_box(answer)
-    return None not in boxes and box_iou(*boxes) >= 0.5
+@dataclass(frozen=True)
+class Box:
+    """IoU >= 0.5, in whatever form the boxes are written; numbers in both count in one unit."""
+
+    unit: int = UNIT
+
+    def __call__(self, prediction, answer):
+        boxes = found_box(prediction, self.unit), found_box(answer, self.unit)
+        return None not in boxes and box_iou(*boxes) >= 0.5
 
 
 METRICS = {
@@ -59,11 +66,11 @@ METRICS = {
     "Geometry": exact,
     "Chart": relaxed,
     "OCR": exact,
-    "Grounding": box,
-    "OCR+Grounding": box,
+    "Grounding": Box(),
+    "OCR+Grounding": Box(),
 }
 """Task -> metric(prediction, answer) -> whether it is right."""
-NAMES = {metric.__name__: metric for metric in (exact, relaxed, box)}
+NAMES = {"exact": exact, "relaxed": relaxed, "box": Box()}
 """What the column `metric` of a user's own questions may say."""
 
 
@@ -72,25 +79,29 @@ def metric_of(sample):
 
     The name in its column `metric` (a key of NAMES) decides, else its task's entry in METRICS. Of
     any other task, a box in brackets or location tokens is scored as a box, all else by exact
-    match. Raises `ValueError` for an unknown name, and for a box metric of an answer that is none.
+    match. A box's numbers count in the unit that its column `box_unit` gives, by default UNIT.
+    Raises `ValueError` for an unknown name, and for a box metric of an answer that is none.
     """
-    name, task, answer = sample.get("metric"), sample["task"], sample["answer"]
+    task, answer = sample["task"], sample["answer"]
+    name, unit = (None if pd.isna(v) else v for v in map(sample.get, ("metric", "box_unit")))
     if name and name not in NAMES:
         raise ValueError(f"{task}: metric {name!r} is unknown; give one of {', '.join(NAMES)}")
-    default = box if answer.startswith(BOX_START) else exact
+    default = Box() if answer.startswith(BOX_START) else exact
     metric = NAMES[name] if name else METRICS.get(task, default)
-    if metric is box and found_box(answer) is None:
+    if not isinstance(metric, Box):
+        return metric
+    if found_box(answer) is None:
         raise ValueError(
             f"{task}: the answer {answer!r} is no box; name another metric ({', '.join(NAMES)}) "
             "in the column metric of its questions"
         )
-    return metric
+    return Box(int(unit or UNIT))
 
 
 def is_correct(metric, prediction, answer):
     """A model's answer in its own words: of a word or number, case, units and quotes count not."""
-    if metric is box:
-        return box(prediction, answer)
+    if isinstance(metric, Box):
+        return metric(prediction, answer)
     return metric(normalised(prediction), normalised(answer))
 
 

@@ -30,7 +30,7 @@ def load_split(folder, split, count=None, tasks=None):
 
     tasks: their names, by default all that the folder has. Columns: image, question, answer, kind,
     task; a file without the last two gets its own name for them. A column metric may say how
-    answers are scored (`metrics.metric_of`).
+    answers are scored, box_unit what the numbers of boxes count (`metrics.metric_of`).
     """
     parts = []
     for task in tasks_of(folder) if tasks is None else tasks:

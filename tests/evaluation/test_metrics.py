@@ -4,8 +4,8 @@ import pandas as pd
 import pytest
 
 from optmerge_core.evaluation.metrics import (
+    Box,
     accuracy,
-    box,
     box_iou,
     exact,
     found_box,
@@ -60,17 +60,21 @@ def test_answers_are_read_leniently(task, prediction, answer, right):
     "sample, metric",
     [
         ({"task": "Chart", "answer": "40"}, relaxed),
-        ({"task": "Grounding", "answer": "<loc1><loc2><loc3><loc4>"}, box),
+        ({"task": "Grounding", "answer": "<loc1><loc2><loc3><loc4>"}, Box(1000)),
+        ({"task": "Grounding", "answer": "12 30 48 75", "box_unit": 100}, Box(100)),
+        ({"task": "Grounding", "answer": "1 2 3 4", "box_unit": float("nan")}, Box(1000)),
+        ({"task": "find", "answer": "1 2 3 4", "metric": "box", "box_unit": 10.0}, Box(10)),
+        ({"task": "VQA", "answer": "red", "box_unit": 100}, exact),
         ({"task": "Geometry", "answer": "40"}, exact),
         ({"task": "maths", "answer": "40"}, exact),
         ({"task": "maths", "answer": "40", "metric": None}, exact),
         ({"task": "maths", "answer": "40", "metric": "relaxed"}, relaxed),
-        ({"task": "find", "answer": "[1, 2, 3, 4]"}, box),
+        ({"task": "find", "answer": "[1, 2, 3, 4]"}, Box(1000)),
         ({"task": "Grounding", "answer": "left", "metric": "exact"}, exact),
     ],
 )
 def test_the_questions_say_their_metric_or_else_their_task_does(sample, metric):
-    assert metric_of(sample) is metric
+    assert metric_of(sample) == metric
 
 
 def test_a_metric_that_cannot_be_is_refused():
@@ -88,6 +92,16 @@ def test_boxes_by_hand():
     assert found_box("[0, 250, 500, 1000]") == [0, 0.25, 0.5, 1]
     assert found_box("<loc0><loc7><loc14><loc14>") == [0, 0.5, 1, 1]
     assert found_box("none") is None
+    assert found_box("12 30 48 75", 100) == [0.12, 0.3, 0.48, 0.75]
+
+
+def test_the_questions_unit_reads_answer_and_prediction():
+    """Thousandths said where hundredths were asked for are another box; location tokens are not."""
+    metric = metric_of({"task": "Grounding", "answer": "12 30 48 75", "box_unit": 100})
+    assert is_correct(metric, "[13, 30, 50, 75].", "12 30 48 75")
+    assert not is_correct(metric, "120 300 480 750", "12 30 48 75")
+    assert is_correct(metric, "50 29 64 43", "<loc7><loc4><loc9><loc6>")
+    assert not is_correct(Box(), "50 29 64 43", "<loc7><loc4><loc9><loc6>")
 
 
 def test_accuracy_of_any_tasks():

@@ -265,19 +265,6 @@ def test_asked_as_any_checkpoint_an_embedded_model_answers_the_same(
     assert (generic.answer()["prediction"] == embedded.answer()["prediction"]).all()
 
 
-def test_prompts_say_what_is_asked_and_in_what_form():
-    image = Image.new("RGB", (56, 28))
-    asked = {"image": image, "question": "what color is it ?", "answer": "red", "task": "VQA"}
-    (message,) = chat.messages(asked)
-    picture, text = message["content"]
-    assert picture["image"].size == (896, 448)
-    assert text["text"].startswith("what color is it ?\n") and "red" not in text["text"]
-    asked |= {"task": "Grounding", "answer": "<loc0><loc1><loc2><loc3>"}
-    assert "0 to 1000" in chat.messages(asked)[0]["content"][1]["text"]
-    large = Image.new("RGB", (500, 600))
-    assert chat.enlarged(large).size == (500, 600)
-
-
 def test_prompts_hold_the_pictures_tokens_and_are_padded_on_the_left(own):
     evaluator = own.evaluator
     items = [

@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
-from optmerge_core.evaluation.metrics import metric_of
+from optmerge_core.evaluation.metrics import exact, metric_of, relaxed
 from optmerge_core.evaluation.questions import load_split, own_tasks, tasks_of
 
 QUESTIONS = "data/benchmark/questions"
@@ -33,7 +33,9 @@ def test_own_questions(tmp_path):
     columns["metric"] = ["relaxed"] * 2
     Dataset.from_dict(columns).to_parquet(tmp_path / "test" / "numbers.parquet")
     both = load_split(tmp_path, "test", tasks=["maths", "numbers"])
-    assert [metric_of(sample).__name__ for sample in both] == ["exact"] * 2 + ["relaxed"] * 2
+    assert [metric_of(sample) for sample in both] == [exact] * 2 + [relaxed] * 2
+    table = both.remove_columns("image").to_pandas()  # where one file has no such column
+    assert [metric_of(row) for row in table.to_dict("records")] == [exact] * 2 + [relaxed] * 2
     with pytest.raises(ValueError, match="evaluation.data None"):
         load_split(None, "test")
 
