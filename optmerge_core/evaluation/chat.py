@@ -77,20 +77,30 @@ def _image_only(folder, error):
         raise ImportError(f"{folder}: {name} needs torchvision; install it ({other})") from other
 
 
-def enlarged(image):
-    """In RGB, its shorter side at least SIDE pixels (bicubic); larger pictures are left alone."""
+def least_side(processor):
+    """Pixels that a picture's shorter side should have: SIDE, or what a fixed size makes of it."""
+    size = getattr(processor.image_processor, "size", None)
+    fixed = [size.get(key) for key in ("height", "width")] if hasattr(size, "get") else []
+    return min([SIDE, *filter(None, fixed)])
+
+
+def enlarged(image, side=SIDE):
+    """In RGB, its shorter side at least `side` pixels (bicubic); larger ones are left alone."""
     image = image.convert("RGB")
-    factor = SIDE / min(image.size)
+    factor = side / min(image.size)
     if factor <= 1:
         return image
-    return image.resize([round(side * factor) for side in image.size], Image.Resampling.BICUBIC)
+    return image.resize([round(s * factor) for s in image.size], Image.Resampling.BICUBIC)
 
 
-def messages(sample):
-    """The conversation up to the model's answer; of the right answer only its form is told."""
+def messages(sample, side=SIDE):
+    """The conversation up to the model's answer; of the right answer only its form is told.
+
+    side: pixels that the picture's shorter side has at least.
+    """
     metric = metric_of(sample)
     form = BOX.format(unit=metric.unit) if isinstance(metric, Box) else WORD
-    image = enlarged(sample["image"])
+    image = enlarged(sample["image"], side)
     text = f"{sample['question']}\n{form}"
     content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
     return [{"role": "user", "content": content}]
@@ -98,8 +108,9 @@ def messages(sample):
 
 def prepare(processor, samples):
     """What `generate` takes for samples (image, question, answer, task), padded on the left."""
+    side = least_side(processor)
     return processor.apply_chat_template(
-        [messages(sample) for sample in samples],
+        [messages(sample, side) for sample in samples],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,

@@ -251,7 +251,7 @@ def test_asked_as_any_checkpoint_an_embedded_model_answers_the_same(
         changes = {"dtype": "float32"} if name == "config.json" else {"processor_class": stock}
         (own / name).write_text(json.dumps(content | changes))
 
-    def plain(sample):
+    def plain(sample, side):
         picture = {"type": "image", "image": sample["image"]}
         content = [picture, {"type": "text", "text": sample["question"]}]
         return [{"role": "user", "content": content}]
