@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+ARTICLE = re.compile(r"^(?:an?|the) (?=\S)")
 NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?!\w)")
 UNIT = 1000  # of a box's numbers, where the questions have no column box_unit: thousandths
 LOCATIONS = 14  # location tokens, <loc0> … <loc14>, count fourteenths of the picture
@@ -16,8 +17,11 @@ BOX_START = ("<loc", "[")
 
 
 def normalised(text):
-    """Lower case, single spaces, no quotes, units (% and degrees) or full stop around it."""
-    return " ".join(text.lower().split()).strip(" .\"'`*%°")
+    """Lower case, single spaces, no quotes, units (% and degrees) or full stop around it.
+
+    An article before it goes too: "A cat." is "cat".
+    """
+    return ARTICLE.sub("", " ".join(text.lower().split()).strip(" .\"'`*%°"))
 
 
 def found_box(text, unit=UNIT):
@@ -99,7 +103,7 @@ def metric_of(sample):
 
 
 def is_correct(metric, prediction, answer):
-    """A model's answer in its own words: of a word or number, case, units and quotes count not."""
+    """A model's answer in its own words: case, units, quotes and an article count not."""
     if isinstance(metric, Box):
         return metric(prediction, answer)
     return metric(normalised(prediction), normalised(answer))
