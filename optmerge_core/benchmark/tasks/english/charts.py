@@ -21,7 +21,7 @@ ASK = {
     "caption": ("Describe the chart.", "What does the chart show?", "Read out the whole chart."),
     "value": ("What is the value of {a}?", "How many for {a}?", "What is the number for {a}?"),
     "percent": (
-        "How many percent is {a}?",
+        "What percent is {a}?",
         "What is the share of {a}?",
         "What percentage does {a} have?",
     ),
@@ -60,7 +60,11 @@ ASK = {
         "How many {thing}s does the chart have?",
         "Count the {thing}s.",
     ),
-    "color": ("What color is {a}?", "Which color does {a} have?", "What is the color of {a}?"),
+    "color": (
+        "What color is the {thing} for {a}?",
+        "Which color does the {thing} for {a} have?",
+        "What is the color of the {thing} for {a}?",
+    ),
 }
 READ = {"value": 4.0, "percent": 4.0, "highest": 1.5, "lowest": 1.5}
 MORE = {"above": 2.0, "difference": 2.0, "sum": 1.5, "compare": 2.0, "count": 0.5, "color": 0.5}

@@ -54,7 +54,7 @@ ASK = {
     "radius": (
         "What is the radius?",
         "Find the radius of the circle.",
-        "How far is the centre from the edge?",
+        "How far is the center from the edge?",
     ),
     "angle": (
         "What is the missing angle?",
@@ -68,7 +68,7 @@ ASK = {
     ),
     "length": (
         "How long is the side marked x?",
-        "What is the missing side?",
+        "How long is the missing side?",
         "Find the length of x.",
     ),
 }
