@@ -13,6 +13,7 @@ from optmerge_core.errors import exit_status
 
 COMMANDS = {
     "questions": "tasks.samples:write_splits",
+    "questions smol": "tasks.english.datasets:write_splits",
     "train": "training.build:build",
     "omni-train": "training.omni:build",
     "smol-base": "models.smol:base_folder",
@@ -22,14 +23,14 @@ COMMANDS = {
     "ranks": "experiments.ranks:main",
     "learning-rates": "experiments.learning_rates:main",
 }
-"""Command -> its file and function, imported when it is asked for."""
+"""Command, and the study if one is named -> file and function, imported when they are asked for."""
 FAMILIES, MODALITIES = ("internvl", "qwen2_vl", "smol"), ("vision", "audio", "video")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status, see `errors.exit_status`."""
     options = vars(parser().parse_args(arguments))
-    command = options.pop("command")
+    command = " ".join(filter(None, (options.pop("command"), options.pop("study", None))))
     given = {name: value for name, value in options.items() if value is not None}
     return exit_status(lambda: _run(command, given))
 
@@ -55,7 +56,8 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument(positional, metavar=positional.upper())
         return sub
 
-    add("questions", "draw the questions that ship, into FOLDER", "folder")
+    sub = add("questions", "draw the questions that ship, into FOLDER", "folder")
+    sub.add_argument("--study", choices=("smol",), help="default: the embedded families'")
     sub = add("train", "train a family's base, experts and mixture models into OUTPUT", "output")
     sub.add_argument("--family", choices=FAMILIES, help="default: internvl")
     sub.add_argument("--only", help="base, or the folder of one model, as gentle/VQA")

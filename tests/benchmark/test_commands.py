@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPE = str(ROOT / "data" / "recipes" / "omni.yaml")
 GIVEN = {
     "questions": "folder",
+    "questions smol": "folder",
     "train": "out --family qwen2_vl --only gentle/VQA --seed 2 --width 2 --learning-rate 1e-3",
     "omni-train": "out --seeds 1 2 --modalities vision audio",
     "smol-base": "--place folder",
@@ -30,11 +31,12 @@ def test_what_is_given_reaches_the_function(command, monkeypatch):
     module, reached = import_module(f"optmerge_core.benchmark.{file}"), []
     parameters = signature(getattr(module, name)).parameters
     monkeypatch.setattr(module, name, lambda **given: reached.append(given))
-    assert main([command, *GIVEN[command].split()]) == 0
+    words = command.replace(" ", " --study ").split()
+    assert main([*words, *GIVEN[command].split()]) == 0
     assert reached[0].keys() == parameters.keys()
     needed = [p for p in parameters.values() if p.default is p.empty]
     least = [RECIPE, "--output", "out"] if command == "subsets" else [RECIPE] * len(needed)
-    assert main([command, *least]) == 0
+    assert main([*words, *least]) == 0
     assert reached[1].keys() == {p.name for p in needed}  # all else is the function's default
 
 
