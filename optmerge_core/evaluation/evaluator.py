@@ -1,7 +1,7 @@
 """Evaluation: greedy answers of a checkpoint whose weights are replaced at will.
 
 Any checkpoint is asked as `chat.py` says, in its own dtype, and computes all of itself for every
-answer. The embedded families have a faster way, `benchmark/evaluator.py`.
+answer. The benchmark's own models have a faster way, `benchmark/evaluator.py`.
 """
 
 import copy
@@ -157,8 +157,8 @@ class Evaluator:
             mapping = weights
             weights = ((name, mapping[name]) for name in (mapping if names is None else names))
         self._replace(weights or ())
-        asked = self._asked, self.max_new_tokens, self.batch_size, self.device.type
-        predictions = answers.remembered(self.model, asked, self._predict)
+        way = type(self).__name__, self.max_new_tokens, self.batch_size, self.device.type
+        predictions = answers.remembered(self.model, (self._asked, way), self._predict)
         table = self.samples.assign(prediction=predictions)
         rows = zip(self._metrics, predictions, table["answer"], strict=True)
         table["correct"] = [self.is_correct(*row) for row in rows]

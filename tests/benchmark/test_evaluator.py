@@ -16,6 +16,7 @@ from optmerge_core.benchmark.evaluator import (
 )
 from optmerge_core.benchmark.models import smol
 from optmerge_core.benchmark.tasks.scenes import BIN, IMAGE_SIZE
+from optmerge_core.evaluation import answers
 from optmerge_core.evaluation.chat import load_processor
 from optmerge_core.evaluation.evaluator import load_model
 from optmerge_core.evaluation.metrics import LOCATIONS, METRICS
@@ -235,3 +236,16 @@ def test_smol_takes_replaced_layers_and_finds_its_way_back(smol_evaluator, small
     name = next(n for n in base.shapes() if "multi_modal_projector" in n)
     with pytest.raises(ValueError, match="layers alone"):
         smol_evaluator.answer({name: base[name] + 1})
+
+
+def test_answers_are_remembered_of_one_way_to_ask(
+    smol_evaluator, small, english, tmp_path, monkeypatch
+):
+    monkeypatch.setenv(answers.FOLDER, str(tmp_path))
+    one = english.select([0])
+    fast, plain = smol_evaluator.asking(one), EmbeddedEvaluator(small, one)
+    ways = (fast, 3, 1), (fast, 3, 1), (fast, 3, 2), (fast, 4, 1), (plain, 3, 1)
+    for evaluator, limit, batch_size in ways:
+        evaluator.max_new_tokens, evaluator.batch_size = limit, batch_size
+        evaluator.answer()
+    assert len(list(tmp_path.glob("*.json"))) == 4
