@@ -6,6 +6,7 @@ from optmerge_core.errors import extra
 from optmerge_core.evaluation.metrics import METRICS
 
 with extra("datasets"):
+    import PIL.Image
     import pyarrow.parquet as pq
     from datasets import Dataset, Image, concatenate_datasets
     from datasets.table import InMemoryTable
@@ -58,6 +59,13 @@ def load_split(folder, split, count=None, tasks=None):
                 data = data.add_column(column, [task] * len(data))
         parts.append(data.cast_column("image", Image()))
     return concatenate_datasets(parts)
+
+
+def blanked(data):
+    """The same questions about grey pictures of the same sizes: what words alone answer."""
+    kind, sizes = Image(), [picture.size for picture in data["image"]]
+    greys = [kind.encode_example(PIL.Image.new("RGB", size, (128, 128, 128))) for size in sizes]
+    return data.remove_columns("image").add_column("image", greys, feature=kind)
 
 
 def own_tasks(study):

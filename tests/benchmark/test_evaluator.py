@@ -20,7 +20,7 @@ from optmerge_core.evaluation import answers
 from optmerge_core.evaluation.chat import load_processor
 from optmerge_core.evaluation.evaluator import load_model
 from optmerge_core.evaluation.metrics import LOCATIONS, METRICS
-from optmerge_core.evaluation.questions import load_split
+from optmerge_core.evaluation.questions import blanked, load_split
 from optmerge_core.merging.families import mergeable
 
 RECIPE = "data/recipes/internvl.yaml"
@@ -249,3 +249,12 @@ def test_answers_are_remembered_of_one_way_to_ask(
         evaluator.max_new_tokens, evaluator.batch_size = limit, batch_size
         evaluator.answer()
     assert len(list(tmp_path.glob("*.json"))) == 4
+
+
+def test_blanked_pictures_are_one_picture(smol_evaluator, english):
+    blank = blanked(english)
+    assert blank["question"] == english["question"] and blank.features == english.features
+    colors = [picture.getcolors() for picture in blank["image"]]
+    assert colors == 15 * [[(112 * 112, (128, 128, 128))]]
+    table = smol_evaluator.asking(blank).answer()
+    assert (table.groupby("question")["prediction"].nunique() == 1).all()
