@@ -17,7 +17,7 @@ from optmerge_core.methods.registry import METHODS
 FOLDER = Path(__file__).with_name("benchmarks")
 sys.path.insert(0, str(FOLDER))
 CALLS = {
-    "answers": ["--pictures", "1"],
+    "answers": ["--questions", "2"],
     "layer": ["--scales", "0.05", "--steps", "3"],
     "models": ["--scale", "0.05"],
     "mergekit_files": ["--scale", "0.05"],

@@ -1,7 +1,7 @@
 """Questions to the 135 M model of the study `smol`: how many a second, and how many there could be.
 
-`python tests/benchmarks/answers.py [--pictures 5] [--base data/benchmark/smol/base]` asks three
-questions about each of so many pictures a task, by the study's evaluator and by transformers'
+`python tests/benchmarks/answers.py [--questions 12] [--base data/benchmark/smol/base]` asks so many
+shipped questions a task, two about each picture, by the study's evaluator and by transformers'
 `generate` in batches of questions of one length. The floor is the products of the layers for every
 picture, question and answer, each token once, and of the head for every token that is said (2 flops
 a parameter, attention left out), at the measured matmul rate. Where the base has not been built, a
@@ -12,33 +12,19 @@ import argparse
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from datasets import Dataset
 from floors import best_seconds, matmul_rate, record, show
-from PIL import Image
 
 from optmerge_core.benchmark.evaluator import EmbeddedEvaluator, SmolEvaluator
 from optmerge_core.benchmark.models.smol import build_model, build_processor
-from optmerge_core.benchmark.tasks.english.samples import TASKS, sample
+from optmerge_core.evaluation.questions import load_split
 
-PICTURES, ABOUT_ONE = 5, 3
-"""Pictures of a task, questions about a picture."""
+COUNT = 12  # questions of a task; another number is a try and not recorded
 
 
 class ByLength(EmbeddedEvaluator):
     """The same questions, asked as the tiny families are: by `generate`."""
 
     max_new_tokens, batch_size = SmolEvaluator.max_new_tokens, SmolEvaluator.batch_size
-
-
-def questions(pictures):
-    rows = []
-    for task in TASKS:
-        for drawn in (sample(task, "validation", index) for index in range(pictures)):
-            image = Image.fromarray(drawn.image)
-            for turn in drawn.turns[:ABOUT_ONE]:
-                row = {"question": turn.question, "answer": turn.answer, "kind": turn.kind}
-                rows.append(row | {"image": image, "task": task})
-    return Dataset.from_list(rows)
 
 
 def write_random_base(folder):
@@ -58,8 +44,8 @@ def floor_flops(evaluator, answers):
     return 2 * layers * (read + spoken) + 2 * model.lm_head.weight.numel() * sum(said)
 
 
-def main(pictures, base):
-    data = questions(pictures)
+def main(questions, base):
+    data = load_split("data/benchmark/smol/questions", "validation", questions)
     with TemporaryDirectory() as folder:
         trained = Path(base, "config.json").is_file()
         if not trained:
@@ -74,7 +60,7 @@ def main(pictures, base):
             "other": "generate, batches of one length",
             "other (s)": best_seconds(other.answer, repeats=1),
         }
-    if pictures == PICTURES:
+    if questions == COUNT:
         record([row])
     for name in ("floor", "ours", "other"):
         print(f"{name}: {len(data) / row[f'{name} (s)']:.1f} questions a second")
@@ -83,6 +69,6 @@ def main(pictures, base):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=int, default=PICTURES, help="of a task")
+    parser.add_argument("--questions", type=int, default=COUNT, help="of a task")
     parser.add_argument("--base", default="data/benchmark/smol/base")
     main(**vars(parser.parse_args()))
