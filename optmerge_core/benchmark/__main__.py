@@ -22,6 +22,7 @@ COMMANDS = {
     "subsets": "experiments.subsets:main",
     "ranks": "experiments.ranks:main",
     "learning-rates": "experiments.learning_rates:main",
+    "smol-texts": "experiments.knowledge:main",
 }
 """Command, and the study if one is named -> file and function, imported when they are asked for."""
 FAMILIES, MODALITIES = ("internvl", "qwen2_vl", "smol"), ("vision", "audio", "video")
@@ -67,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     sub = add("omni-train", "train the Omni benchmark's models into OUTPUT", "output")
     sub.add_argument("--seeds", nargs="+", type=int)
     sub.add_argument("--modalities", nargs="+", choices=MODALITIES, help="default: all")
+    add("smol-texts", "let SmolLM2 say what its study asks and trains with, into FOLDER", "folder")
     sub = add("smol-base", "build the base model of the study smol, which does not ship")
     sub.add_argument("--place", help="of what it is built from (default: data/benchmark/smol)")
     for name, text in {

@@ -7,6 +7,7 @@ import pytest
 
 from optmerge_core.benchmark.experiments import knowledge
 from optmerge_core.benchmark.models.smol import SYSTEM, build_processor
+from optmerge_core.benchmark.training.chat import shipped_conversations
 from optmerge_core.evaluation.forgetting import knows, prompts
 
 SHIPPED = Path("data/benchmark/smol")
@@ -31,6 +32,19 @@ def test_questions_are_asked_with_the_system_prompt():
 def test_the_questions_that_ship_are_those_that_smollm2_answers(tmp_path):
     knowledge.write(tmp_path / "knowledge.csv")
     assert (tmp_path / "knowledge.csv").read_bytes() == (SHIPPED / "knowledge.csv").read_bytes()
+
+
+def test_the_texts_are_written_as_they_ship(tmp_path, monkeypatch):
+    texts = shipped_conversations()
+    monkeypatch.setattr(knowledge, "language_model", lambda: "model")
+    monkeypatch.setattr(knowledge, "build_tokenizer", lambda: "tokenizer")
+    said = {("model", "tokenizer", len(texts)): texts}
+    monkeypatch.setattr(knowledge, "conversations", lambda *given: said[given])
+    monkeypatch.setattr(knowledge, "write", lambda path: path.write_text("written"))
+    knowledge.main(tmp_path / "new")
+    assert (tmp_path / "new" / "knowledge.csv").read_text() == "written"
+    shipped = (SHIPPED / "conversations.json").read_bytes()
+    assert (tmp_path / "new" / "conversations.json").read_bytes() == shipped
 
 
 def test_too_few_answers_are_told(tmp_path, monkeypatch):

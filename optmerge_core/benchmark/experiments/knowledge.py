@@ -4,11 +4,16 @@ They are the first ten of the candidates below to which SmolLM2 itself gives a r
 answer: a whole sentence of at most twelve words. Its answers are written beside them.
 """
 
+import json
+from pathlib import Path
+
 import pandas as pd
 
-from optmerge_core.benchmark.models.smol import build_processor, language_model
+from optmerge_core.benchmark.models.smol import build_processor, build_tokenizer, language_model
+from optmerge_core.benchmark.training.chat import conversations
 from optmerge_core.evaluation.forgetting import chat_answers, knows
 
+CONVERSATIONS = 480
 COUNT, LONGEST = 10, 12  # questions, words of an answer
 CANDIDATES = {
     "What is the capital of France?": "Paris",
@@ -33,6 +38,18 @@ CANDIDATES = {
     "How many months are there in a year?": "12|twelve",
 }
 """question -> what a right answer has in it"""
+
+
+def main(folder):
+    """Write what SmolLM2 says, into a folder: knowledge.csv, and conversations.json for training.
+
+    A quarter of an hour on two cores.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write(Path(folder, "knowledge.csv"))
+    texts = conversations(language_model(), build_tokenizer(), CONVERSATIONS)
+    written = json.dumps(texts, indent=0, ensure_ascii=False) + "\n"
+    Path(folder, "conversations.json").write_text(written, encoding="utf-8")
 
 
 def write(path):

@@ -25,7 +25,7 @@ from optmerge_core.merging.families import mergeable
 
 TOWER_TASKS = {"VQA": 1.0, "Geometry": 0.7, "Chart": 1.0, "OCR": 2.3, "Grounding": 1.0}
 """letters are learnt last"""
-BASE_TASKS = dict.fromkeys(TASKS, 1.0)
+BASE_TASKS = dict.fromkeys(TASKS, 1.0) | {"OCR": 1.5}
 BASE_LEVELS = {"caption": 0.15, "easy": 0.4, "medium": 0.45}
 CHAT_EVERY = 5
 SIGHT = "model.vision_tower.", "model.multi_modal_projector."
