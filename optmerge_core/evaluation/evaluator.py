@@ -132,10 +132,13 @@ class Evaluator:
             )
 
     @torch.inference_mode()
-    def _replace(self, pairs):
-        """The base model with the parameters of `pairs`, (name on disk, tensor), replaced."""
+    def hold(self, weights=None, names=None):
+        """Let `model` be the base with `weights` in their place; takes what `answer` does."""
+        if isinstance(weights, Mapping):
+            mapping = weights
+            weights = ((name, mapping[name]) for name in (mapping if names is None else names))
         restored = set(self._changed)
-        for name, tensor in pairs:
+        for name, tensor in weights or ():
             parameter = self._place(name)
             self._check(name, parameter, tensor)
             self._changed.add(name)
@@ -153,10 +156,7 @@ class Evaluator:
         which those in `names` are read one by one (default: all); or pairs of a name and a tensor.
         Columns: task, kind, question, answer, hash (the embedded questions'), prediction, correct.
         """
-        if isinstance(weights, Mapping):
-            mapping = weights
-            weights = ((name, mapping[name]) for name in (mapping if names is None else names))
-        self._replace(weights or ())
+        self.hold(weights, names)
         way = type(self).__name__, self.max_new_tokens, self.batch_size, self.device.type
         predictions = answers.remembered(self.model, (self._asked, way), self._predict)
         table = self.samples.assign(prediction=predictions)
