@@ -1,173 +1,46 @@
-"""PEFT LoRA adapters: their factors, and an adapter seen as a checkpoint of its base model.
-
-An adapter changes a weight W (outputs, inputs) to W + s B A, with A (r, inputs), B (outputs, r) and
-the scale s; PiSSA and OLoRA first took B0 A0 out of W, and change it to W + s B A - B0 A0. What is
-more (DoRA, biases, whole modules trained beside the factors) is refused.
-"""
+"""A PEFT LoRA adapter seen as a checkpoint of its base model, with all that it trains."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
+from optmerge_core.checkpoints.factors import Factors, Module
 from optmerge_core.checkpoints.folder import Checkpoint
 from optmerge_core.checkpoints.formats import ADAPTER_CONFIG, CheckpointError
-from optmerge_core.checkpoints.lora_settings import MERGE, LoraSettings
-from optmerge_core.checkpoints.names import PREFIX, WRAPPERS, closest_names, is_embeddings, is_head
-from optmerge_core.checkpoints.weights import IN_MEMORY, Weights
+from optmerge_core.checkpoints.layouts import expert_tensors, mixtures
+from optmerge_core.checkpoints.lora_settings import MERGE
+from optmerge_core.checkpoints.names import HEAD, closest_names, is_embeddings, is_head
+from optmerge_core.checkpoints.weights import IN_MEMORY, Weights, ties
 
-KEY = re.compile(
-    rf"(?:(?:module|{'|'.join(WRAPPERS)})\.)*{re.escape(PREFIX)}(?P<module>.+)\."
-    r"(?:lora_(?P<side>[AB])(?:\.default)?|base_layer)\.weight"
-)
 ONE_EXPERT, FUSED = re.compile(r"\.experts\.\d+\."), re.compile(r"\.experts\.[a-z]\w*$")
 """in a name: one of a mixture's experts; a tensor of all of them"""
 TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
-"""model types whose layers (transformers' Conv1D) store a weight as (inputs, outputs)"""
+CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
+"""model types with layers (transformers' Conv1D) that store a weight as (inputs, outputs); these"""
+INPUTS_FIRST = ("gpt_oss", "openai_privacy_filter", "aria")  # PEFT's (experts, inputs, outputs)
 
 
-class Factors(Mapping[str, tuple[Tensor, Tensor]]):
-    """The factors of a LoRA adapter: module path -> (s B, A), float32, (outputs, r), (r, inputs).
+class Change(NamedTuple):
+    """The base's `own`, or the file's `key` instead; what `vector` makes of that is added to it."""
 
-    `weights` is the adapter's folder, opened. Opening it reads headers, access reads two tensors;
-    of PiSSA and OLoRA also the weight of `base`, and r is twice the rank: [s B, -B0], [A; A0].
-    Raises `CheckpointError` for what is not a LoRA adapter of linear layers alone.
-    """
-
-    def __init__(self, weights: Checkpoint, base: Weights | None = None):
-        self.weights, self.folder, self.base = weights, weights.folder, base
-        if not weights.is_adapter:
-            raise CheckpointError(
-                f"{self.folder} holds whole weights, where an adapter is needed; `merge` takes "
-                "both, with a base model"
-            )
-        self.settings = LoraSettings(self.folder / ADAPTER_CONFIG)
-        if self.settings.start and base is None:
-            raise CheckpointError(
-                f"{self.settings.path}: the adapter began by changing its base model "
-                f"(init_lora_weights {self.settings.start!r}); give that as base_model"
-            )
-        self._keys: dict[str, dict[str, str]] = {}
-        self._paths: dict[str, str] = {}
-        for key in weights:
-            match = KEY.fullmatch(key)
-            path = match["module"] if match else ""
-            module = ".".join(word for word in path.split(".") if word not in WRAPPERS)
-            known = self._keys.setdefault(module, {})
-            if match is None or known.setdefault(match["side"] or "base", key) != key:
-                raise CheckpointError(
-                    f"{weights.files[0]}: {key!r} is not a LoRA factor of a linear layer; {MERGE}"
-                )
-            self._paths[module] = path
-        if not self._keys:
-            raise CheckpointError(f"{self.folder}: no LoRA factors; save the adapter again")
-        for module in self:
-            self._check(module)
-
-    def rename(self, modules: Mapping[str, str]) -> None:
-        """Call modules otherwise: new path -> own."""
-        new = {own: path for path, own in modules.items()}
-        self._keys = {new.get(own, own): keys for own, keys in self._keys.items()}
-        self._paths = {new.get(own, own): path for own, path in self._paths.items()}
-
-    def shape(self, module: str) -> tuple[int, int]:
-        """(outputs, inputs) of the product, from the headers."""
-        (outputs, _), (_, inputs) = self._shapes(module)
-        return outputs, inputs
-
-    def rank(self, module: str) -> int:
-        """r, from the headers."""
-        return self._shapes(module)[1][0] * (2 if self._began(module) else 1)
-
-    def scale(self, module: str) -> float:
-        """s, by the settings."""
-        return self.settings.scale(self._paths[module])
-
-    def stored(self, module: str) -> Tensor | None:
-        """The base's weight, as PEFT saves it beside a head's factors and puts it in its place."""
-        key = self._keys[module].get("base")
-        return self.weights[key] if key else None
-
-    def __getitem__(self, module: str) -> tuple[Tensor, Tensor]:
-        a, b = (self.weights[self._keys[module][side]].to(torch.float32) for side in "AB")
-        b = self.scale(module) * b
-        if self.base is None or not self._began(module):
-            return b, a
-        weight = self.base[parameter_of(module, self.base)].float()
-        taken_b, taken_a = self._taken(module, weight, len(a))
-        return torch.cat([b, -taken_b], dim=1), torch.cat([a, taken_a])
-
-    def _began(self, module: str) -> bool:
-        """Whether the base's weight is less B0 A0, and this not stored beside the factors."""
-        return self.settings.start is not None and "base" not in self._keys[module]
-
-    def _taken(self, module: str, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """B0 (outputs, r) and A0 (r, inputs), of the base's weight, in float32 as in PEFT.
-
-        PiSSA (arXiv 2404.02948): its r largest singular values; OLoRA (arXiv 2406.01775): the first
-        r columns of Q and rows of R, times s.
-        """
-        if self.settings.start == "olora":
-            q, r = torch.linalg.qr(weight)
-            return self.scale(module) * q[:, :rank], r[:rank]
-        try:
-            u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"{self.folder}: {module}: the base's weight has no singular values ({error}); use "
-                "an undamaged base"
-            ) from error
-        return u[:, :rank] * s[:rank], vh[:rank]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def _shapes(self, module: str) -> list[tuple[int, ...]]:
-        """Those of B and A; (0, 0) of a missing one."""
-        keys = self._keys[module]
-        return [self.weights.shape(keys[side]) if side in keys else (0, 0) for side in "BA"]
-
-    def _check(self, module: str) -> None:
-        """Factors that fit each other and the settings."""
-        (b, a), path = self._shapes(module), self._paths[module]
-        where = f"{self.weights.files[0]}: {module}"
-        if len(a) > 2 or len(b) > 2:
-            raise CheckpointError(
-                f"{where} has factors {a} and {b}, not of a linear layer; {MERGE}"
-            )
-        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not a[0]:
-            raise CheckpointError(
-                f"{where} has factors A {a} and B {b}, which must be (r, inputs) and "
-                "(outputs, r); save the adapter again"
-            )
-        rank = self.settings.rank(path)
-        if a[0] != (min(rank, b[0], a[1]) if self.settings.start else rank):
-            raise CheckpointError(
-                f"{where} has factors of rank {a[0]}, and {ADAPTER_CONFIG} says {rank} (r, "
-                "rank_pattern); give the adapter's own file"
-            )
-        if not self.settings.applies_to(path):
-            raise CheckpointError(
-                f"{where} has factors, and {ADAPTER_CONFIG} leaves it out (target_modules, "
-                "exclude_modules, layers_to_transform); PEFT would not load them: give the "
-                "adapter's own file"
-            )
+    own: str
+    vector: Callable[[Tensor], Tensor] | None = None
+    key: str | None = None
 
 
 class Adapter(Weights):
     """A LoRA adapter as a checkpoint of `base`: the base's parameter names -> tensors.
 
-    `adapter[name]` is the base's tensor, in float32 with the task vector where the adapter has
-    factors; `task_vector(name)` is their product, without the base's rounding. An adapted head that
-    the base ties to its embeddings is a parameter more: the embeddings' with the task vector.
-    Raises `CheckpointError` if a module of the adapter is not a parameter of this base.
+    `task_vector(name)` is exact, without the base's rounding; None for what the file has whole. A
+    parameter more is a head that the base ties, where the adapter sets it apart, and what the base
+    lacks. `modules`: parameter -> module of `factors`. Raises `CheckpointError` for another base's.
     """
 
     folder: Path
@@ -175,56 +48,171 @@ class Adapter(Weights):
     def __init__(self, weights: Checkpoint, base: Weights):
         self.base, self.weights, self.factors = base, weights, Factors(weights, base)
         self.folder, self.revision = weights.folder, weights.revision
-        self.source = weights.source
-        self.named_base = str(self.factors.settings.values.get("base_model_name_or_path") or "")
-        self.modules: dict[str, str] = {}
-        self._own, self.changes = {name: name for name in base}, self.modules
-        self._names = self._own
-        if (kind := base.config().get("model_type")) in TRANSPOSED:
-            raise CheckpointError(f"{self.folder}: an adapter of {kind}, fan_in_fan_out; {MERGE}")
-        for module in self.factors:
-            name = own = parameter_of(module, base)
-            if is_embeddings(own):
-                name = f"{module}.weight"
-                self._own[name] = own
-            shapes = base.shape(own), self.factors.shape(module)
-            if shapes[0] != shapes[1] or name in self.modules:
-                raise CheckpointError(
-                    f"{self.folder}: {module} has shape {shapes[1]}, and {name} of the base "
-                    f"{base.folder or IN_MEMORY} has {shapes[0]}; is this an adapter of another "
-                    "base model?"
-                )
-            if name != own and self.factors.settings.start:
-                raise CheckpointError(
-                    f"{self.folder}: {module} is tied to the embeddings, which init_lora_weights "
-                    f"{self.factors.settings.start!r} changed with it; {MERGE}"
-                )
-            self.modules[name] = module
+        self.source, self.settings = weights.source, self.factors.settings.values
+        self.named_base = str(self.settings.get("base_model_name_or_path") or "")
+        self.kind, self._mixtures = base.config().get("model_type"), mixtures(base)
+        self.start, self.modules = self.factors.settings.start, dict[str, str]()
+        self._all = self._names = {name: Change(name) for name in base}
+        self.changes: dict[str, Change] = {}
+        self._experts = lru_cache(maxsize=4)(self.factors.experts)  # for one matrix after the other
+        for module, place in self.factors.modules.items():
+            self._adapt(module, place)
+        for module, place in self.factors.tokens.items():
+            self._adapt_rows(module, place)
+        for path, key in self.factors.whole.items():
+            best = closest_names(path, base) or [path]
+            if len(best) > 1:
+                self._refuse(f"{path} stands for {' or '.join(best)} of the base; {MERGE}")
+            self._set(best[0], Change(best[0], key=key))
+        self._settle_the_head()
 
-    def task_vector(self, name: str) -> Tensor:
-        """(outputs, inputs) float32; zeros for a parameter without factors."""
-        if name not in self.modules:
-            return torch.zeros(self.shape(name))
-        b, a = self.factors[self.modules[name]]
-        stored = self.factors.stored(self.modules[name])
-        if stored is None:
-            return b @ a
-        return b @ a + (stored.float() - self.base[self._own[name]].float())
+    def _adapt(self, module: str, place: Module) -> None:
+        """Factors of a module's weight, and of its bias; or of a parameter."""
+        base = self.base
+        if names := self.factors.settings.parameters_of(place.path):
+            return self._adapt_parameter(module, names)
+        name, own = self._names_of(module)
+        if name != own and self.settings.get("ensure_weight_tying"):
+            return  # the embeddings' own factors, once more
+        stored, shape = place.keys.get("base"), self.factors.shape(module)
+        if self.kind in TRANSPOSED:
+            place.turned |= module.rpartition(".")[2] in CONV1D
+        elif self.settings.get("fan_in_fan_out"):
+            place.turned |= base.shape(own) == shape[::-1]
+        shape = (*shape[1:], shape[0]) if place.turned else shape
+        if shape != (self.weights if stored else base).shape(stored or own):
+            self._refuse(
+                f"{module} has shape {shape}, and {name} of the base {base.folder or IN_MEMORY} "
+                f"has {base.shape(own)}; is this an adapter of another base model?"
+            )
+        if name != own and self.start:
+            self._refuse(
+                f"{module} is tied to the embeddings, which init_lora_weights changed; {MERGE}"
+            )
+        self.modules[name], place.own = module, own
+        larger = stored if shape != base.shape(own) else None  # of more tokens than the base has
+        self._set(name, Change(own, partial(self._product, module), larger))
+        if "bias" in place.keys:
+            bias = parameter_of(module, base, "bias")
+            self._set(bias, Change(bias, lambda tensor: self.factors.bias(module)))
+
+    def _names_of(self, module: str) -> tuple[str, str]:
+        """What a module's weight is called here, and in the base: a tied head has a name too."""
+        own, name = parameter_of(module, self.base), f"{module}.weight"
+        return (name if is_embeddings(own) and is_head(name) else own), own
+
+    def _adapt_parameter(self, module: str, names: list[str]) -> None:
+        """Factors of a parameter by itself: shapes tell which of these names, nothing else does."""
+        place, base, (b, a) = self.factors.modules[module], self.base, self.factors.shapes(module)
+        path, block = (re.sub(r"(\.base_layer)+$", "", text) for text in (place.path, module))
+        found = []
+        for name in names:
+            own, kinds = expert_tensors(block, name, self._mixtures)
+            own = own or (best if len(best := closest_names(f"{block}.{name}", base)) == 1 else [])
+            shape = base.shape(own[0]) if own else ()
+            if len(own) > 1:
+                shape = (len(own) // kinds, kinds * shape[0], *shape[1:])
+            count, matrix = (shape[0] if len(shape) > 2 else 1), (b[0], a[1])
+            right = matrix == shape[-2:] or (len(own) == 1 < count and matrix == shape[:-3:-1])
+            if right and a[0] == count * self.factors.settings.rank(f"{path}.{name}"):
+                found += [(name, own, kinds, shape)] * (len(shape) == 2 or not self.start)
+        if len(found) != 1:
+            self._refuse(
+                f"{module} has factors A {a}, B {b}, of {len(found)} of the base's {names} by "
+                f"target_parameters, r and init_lora_weights; {MERGE}"
+            )
+        name, own, kinds, shape = found[0]
+        place.path, place.own = f"{path}.{name}", own[0]
+        turned = matrix != shape[-2:] or (b[0] == a[1] and self.kind in INPUTS_FIRST)
+        for i, parameter in enumerate(own):
+            part = [*divmod(i, kinds), kinds] if len(own) > 1 else []
+            vector = partial(self._stack, module, shape[0], turned, part)
+            one = partial(self._product, module)
+            self._set(parameter, Change(parameter, vector if len(shape) > 2 else one))
+
+    def _adapt_rows(self, module: str, place: Module) -> None:
+        """Some rows of a weight, which take the place of the base's (`trainable_token_indices`)."""
+        name, own = self._names_of(module)
+        rows, stored = self.factors.settings.tokens(place.path), place.keys.get("base")
+        shape = (self.weights if stored else self.base).shape(stored or own)
+        of = place.keys["tokens"]
+        if self.weights.shape(of) != (len(rows), *shape[1:]) or max(rows, default=0) >= shape[0]:
+            self._refuse(
+                f"{module} has other rows than trainable_token_indices ({len(rows)}) and the base "
+                f"say: {self.weights.shape(of)} of {shape}; give the adapter's own file"
+            )
+
+        def vector(tensor: Tensor) -> Tensor:
+            change = torch.zeros(tensor.shape)
+            change[rows] = self.weights[of].float() - tensor[rows].float()
+            return change
+
+        self._set(name, Change(own, vector, stored))
+
+    def _settle_the_head(self) -> None:
+        """A head tied to embeddings that change, as PEFT trains it; what is missing is refused."""
+        for module in self.factors.settings.saved:
+            inside = re.compile(rf"(?:.*\.)?{module}\..*")
+            if any(map(inside.match, self.base)) > any(map(inside.match, self.factors.whole)):
+                self._refuse(f"{module} of modules_to_save is not in it; save the adapter again")
+        changed = [name for name in self.changes if is_embeddings(name)]
+        heads = [name for name in self if is_head(name)]
+        if len(changed) != 1 or not ties(self.base):
+            return
+        together = self.settings.get("ensure_weight_tying") or self.factors.tokens
+        if not heads and not together:
+            self._set(HEAD, Change(changed[0], torch.zeros_like))
+        elif heads and together and heads[0] not in self.changes:  # stored, a copy
+            self._set(heads[0], self.changes[changed[0]])
+
+    def _set(self, name: str, change: Change) -> None:
+        if name in self.changes:
+            self._refuse(f"{name} is changed in two ways; {MERGE}")
+        self._all[name] = self.changes[name] = change
+
+    def _refuse(self, text: str) -> NoReturn:
+        raise CheckpointError(f"{self.folder}: {text}")
+
+    def _product(self, module: str, tensor: Tensor) -> Tensor:
+        """The base's parameter -> its task vector: factors, lengths, a weight beside them."""
+        stored, lengths = (self.factors.read(module, part) for part in ("base", "magnitude"))
+        weight = tensor if stored is None else stored
+        turned, (b, a) = self.factors.modules[module].turned, self.factors[module]
+        change = (a.mT @ b.mT if turned else b @ a).reshape(weight.shape)
+        if lengths is not None:
+            change = lengthened(weight.float(), change, lengths, turned)
+        return change if stored is None else change + (stored.float() - tensor.float())
+
+    def _stack(self, module: str, count: int, turned: bool, part: list[int], _: Tensor) -> Tensor:
+        """Of all experts, or of a part: one's number, which share of its outputs, of how many."""
+        b, a = self._experts(module, count)
+        if part:
+            b, a = b[part[0]].chunk(part[2])[part[1]], a[part[0]]
+        return (b @ a).mT if turned else b @ a
+
+    def task_vector(self, name: str, base_tensor: Tensor | None = None) -> Tensor | None:
+        """(*shape) float32; zeros for what it does not change."""
+        own, vector, key = self._all[name]
+        if key or vector is None:
+            return None if key else torch.zeros(self.shape(name))
+        return vector(self.base[own] if base_tensor is None else base_tensor)
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self.base[self._own[name]]
-        return tensor.float() + self.task_vector(name) if name in self.modules else tensor
+        own, vector, key = self._all[name]
+        tensor = self.weights[key] if key else self.base[own]
+        return tensor if vector is None else tensor.float() + vector(tensor)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.base.shape(self._own[name])
+        own, _, key = self._all[name]
+        return self.weights.shape(key) if key else self.base.shape(own)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self.base.dtype(self._own[name])
+        own, _, key = self._all[name]
+        return self.weights.dtype(key) if key else self.base.dtype(own)
 
     def file_sizes(self) -> dict[str, int]:
-        return {
-            ADAPTER_CONFIG: (self.folder / ADAPTER_CONFIG).stat().st_size
-        } | self.weights.file_sizes()
+        own = {ADAPTER_CONFIG: (self.folder / ADAPTER_CONFIG).stat().st_size}
+        return own | self.weights.file_sizes()
 
     def sha256(self) -> dict[str, str]:
         return self.weights.sha256()
@@ -234,24 +222,36 @@ class Adapter(Weights):
         return self.weights.streamed(self.weights)
 
 
-def parameter_of(module: str, base: Weights) -> str:
-    """The base's parameter on disk that a module's path in memory stands for.
+def lengthened(weight: Tensor, change: Tensor, lengths: Tensor, turned: bool) -> Tensor:
+    """DoRA's change of a weight: W + change, each output as long as `lengths` says, less W.
 
-    That of a head which the base does not store, being tied, is the embeddings. Raises
-    `CheckpointError` if there is none, or more than one.
+    (outputs, *inputs) float32, (inputs, outputs) if turned; Liu et al., "DoRA: weight-decomposed
+    low-rank adaptation" (arXiv 2402.09353), eq. 5.
     """
-    best = closest_names(f"{module}.weight", base)
-    if not best and is_head(f"{module}.weight"):
-        best = [name for name in base if is_embeddings(name)]
-    if not best and ONE_EXPERT.search(module) and any(FUSED.search(name) for name in base):
+    rows = weight + change
+    norms: Tensor = torch.linalg.vector_norm(
+        (rows.mT if turned else rows.flatten(1)).double(), dim=1
+    )
+    shape = (-1,) if turned else (-1, *[1] * (weight.ndim - 1))
+    factor = (lengths.flatten().double() / norms).view(shape)
+    return (factor - 1).float() * weight + factor.float() * change
+
+
+def parameter_of(module: str, base: Weights, name: str = "weight") -> str:
+    """The base's parameter on disk that is this one of a module in memory; a tied head's too."""
+    best = closest_names(f"{module}.{name}", base)
+    if not best and is_head(f"{module}.{name}"):
+        best = [own for own in base if is_embeddings(own)]
+    if not best and ONE_EXPERT.search(module) and any(FUSED.search(own) for own in base):
         raise CheckpointError(
             f"{base.folder or IN_MEMORY} holds a layer's experts in one tensor, and the adapter's "
             f"module {module} is one expert's; give the base with a matrix for each expert, as it "
             "was published or as save_pretrained() without save_original_format=False saves it"
         )
     if len(best) != 1:
+        what = f"{module}.{name}".removesuffix(".weight")
         raise CheckpointError(
-            f"{base.folder or IN_MEMORY}: the adapter's module {module} stands for "
+            f"{base.folder or IN_MEMORY}: the adapter's module {what} stands for "
             f"{' or '.join(best) or 'none'} of its parameters; is it another base model's adapter?"
         )
     return best[0]

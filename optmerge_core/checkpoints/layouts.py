@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def as_laid_out(expert: Weights, base: Weights) -> Weights:
     """The expert with its mixture's matrices under the base's names, in the base's shapes."""
     if expert.changes is not None:  # an adapter has its base's
         return expert
-    ours, theirs = _mixtures(base), _mixtures(expert)
+    ours, theirs = mixtures(base), mixtures(expert)
     sources = {}
     for key, name in ours.items():
         shape = base.shape(name)
@@ -106,7 +107,7 @@ class Relaid(Renamed):
         )
 
 
-def _mixtures(weights: Weights) -> dict[Key, str]:
+def mixtures(weights: Weights) -> dict[Key, str]:
     """Key -> the name it has here."""
     found: dict[Key, str] = {}
     for name in weights:
@@ -115,6 +116,15 @@ def _mixtures(weights: Weights) -> dict[Key, str]:
             block = any_words(f"{match['block']}.experts")
             found[block, kinds, int(match["number"]) if match["number"] else None] = name
     return found
+
+
+def expert_tensors(block: str, name: str, found: dict[Key, str]) -> tuple[list[str], int]:
+    """A tensor of all experts among `mixtures`, or each one's matrices; how many it is of each."""
+    kinds, block = _KINDS.get(name, ()), any_words(block)
+    fused = found.get((block, kinds, None))
+    keys = ((block, (kind,), number) for number in range(len(found)) for kind in kinds)
+    own = [fused] if fused else [found[key] for key in takewhile(found.__contains__, keys)]
+    return own, len(kinds)
 
 
 def _one_of(

@@ -22,39 +22,19 @@ CONVERT = (
 TEXTS = "a text or a list of texts"
 ROUTED = "it acts on some tokens only, so that no merged model equals it: leave it out"
 
-FIELDS = (
-    dict.fromkeys(
-        (
-            *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"),
-            *("init_lora_weights", "target_modules", "exclude_modules"),
-            *("layers_to_transform", "layers_pattern"),
-        ),
-        EXACT,
-    )
-    | dict.fromkeys(
-        (
-            # of the adapter or its training, not of its weights
-            *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-            *("inference_mode", "runtime_config", "lora_dropout"),
-            # how something is done; another field says whether
-            *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-            *("qalora_group_size", "megatron_core"),
-            # what these train is in the file, and refused there
-            *("bias", "ensure_weight_tying"),
-        ),
-        HARMLESS,
-    )
-    | dict.fromkeys(
-        (
-            *("use_dora", "lora_bias", "use_qalora", "use_bdlora", "kasa_config", "velora_config"),
-            *("monteclora_config", "megatron_config", "fan_in_fan_out", "target_parameters"),
-            *("modules_to_save", "trainable_token_indices"),
-        ),
-        MERGE,
-    )
-    | dict.fromkeys(("alora_invocation_tokens", "arrow_config"), ROUTED)
-    | {"layer_replication": "its model has other layers than its base: leave it out"}
-)
+_MEANINGS = {
+    EXACT: "peft_type r lora_alpha rank_pattern alpha_pattern use_rslora init_lora_weights "
+    "use_dora lora_bias target_modules exclude_modules layers_to_transform layers_pattern "
+    "fan_in_fan_out target_parameters modules_to_save trainable_token_indices ensure_weight_tying",
+    # of the training; how, where another field says whether; and bias: what it trains is there
+    HARMLESS: "task_type auto_mapping peft_version base_model_name_or_path revision inference_mode "
+    "runtime_config lora_dropout loftq_config eva_config corda_config lora_ga_config "
+    "qalora_group_size megatron_core bias",
+    MERGE: "use_qalora use_bdlora kasa_config velora_config monteclora_config megatron_config",
+    ROUTED: "alora_invocation_tokens arrow_config",
+    "its model has other layers than its base: leave it out": "layer_replication",
+}
+FIELDS = {field: meaning for meaning, fields in _MEANINGS.items() for field in fields.split()}
 """Field -> followed exactly, harmless, or what to do with an adapter that has it set: refused."""
 
 STARTS = (
@@ -63,8 +43,7 @@ STARTS = (
     | {"loftq": MERGE}
 )
 """The same of `init_lora_weights`. The exact ones change the base's weights before the training, in
-a way that loading repeats; those not here (corda, lora_ga, pissa_niter_4, …) by chance or by data.
-"""
+a way that loading repeats; others (corda, lora_ga, pissa_niter_4, …) by chance or by data."""
 
 Check = Callable[[Any], bool]
 Pattern = list[tuple[str, float]]
@@ -89,17 +68,22 @@ class LoraSettings:
             if value and (remedy := FIELDS.get(key, unknown)) not in known:
                 raise CheckpointError(f"{path}: the adapter uses {key}; {remedy}")
         self.start = self._start()
-        self.targets = self._get("target_modules", _are_names, TEXTS)
+        self.parameters = _listed(self._get("target_parameters", _are_names, TEXTS, []))
+        self.saved = _listed(self._get("modules_to_save", _are_names, TEXTS, []))
+        none: Any = [] if self.parameters else None
+        self.targets = self._get("target_modules", _are_names, TEXTS, none)
         self.excluded = self._get("exclude_modules", _are_names, TEXTS, [])
         self.layers = self._get("layers_to_transform", _are_layers, "a number or more", [])
-        pattern = self._get("layers_pattern", _are_names, TEXTS, []) or []
-        self.layers_pattern = _listed(pattern)
-        if (pattern and self.layers == []) or (self.layers != [] and isinstance(self.targets, str)):
+        self.layers_pattern = _listed(self._get("layers_pattern", _are_names, TEXTS, []) or [])
+        if (self.layers_pattern and self.layers == []) or (
+            self.layers != [] and isinstance(self.targets, str)
+        ):
             raise CheckpointError(
                 f"{path}: layers_pattern needs layers_to_transform, and this a list of "
                 "target_modules; save the adapter again"
             )
         self._check_expressions("layers_pattern", self.layers_pattern)
+        self._check_expressions("modules_to_save", self.saved)
         for key, names in (("target_modules", self.targets), ("exclude_modules", self.excluded)):
             self._check_expressions(key, [names] if isinstance(names, str) else [])
         self.ranks = self._pattern("rank_pattern", "r", _is_rank, "a whole number above 0")
@@ -118,10 +102,25 @@ class LoraSettings:
         """Whether PEFT gives this module factors; it loads none that a file has beyond."""
         if self.excluded and _are_named(self.excluded, module):
             return False
+        if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.saved):
+            return False
         if isinstance(self.targets, str):
             return self.targets.lower() == "all-linear" or _are_named(self.targets, module)
         named = _are_named(self.targets, module)
         return module in self.targets or (named and self._is_in_layers(module))
+
+    def parameters_of(self, module: str) -> list[str]:
+        """Names of a module's own parameters with factors; PEFT nests it for each of these."""
+        module = re.sub(r"(\.base_layer)+$", "", module)
+        names = dict.fromkeys(target.rpartition(".")[2] for target in self.parameters)
+        return [name for name in names if _are_named(self.parameters, f"{module}.{name}")]
+
+    def tokens(self, module: str) -> list[int]:
+        """The rows that were trained of this module's weight (`trainable_token_indices`)."""
+        given = self.values.get("trainable_token_indices")
+        if isinstance(given, dict):
+            given = next((rows for name, rows in given.items() if module.endswith(name)), [])
+        return [*self._checked("trainable_token_indices", given, _are_tokens, "token numbers")]
 
     def _is_in_layers(self, module: str) -> bool:
         """`layers_to_transform`: by the first number of a path, or that after `layers_pattern`."""
@@ -195,6 +194,11 @@ def _are_names(value: Any) -> bool:
 
 def _are_layers(value: Any) -> bool:
     return all(type(number) is int for number in _listed(value))
+
+
+def _are_tokens(value: Any) -> bool:
+    right = isinstance(value, list) and all(type(x) is int and 0 <= x < 1 << 31 for x in value)
+    return right and len({*value}) == len(value)
 
 
 def _is_rank(value: Any) -> bool:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optmerge_core.checkpoints.names import is_head
+
 IN_MEMORY = "a model in memory"  # what errors call weights without a folder
 
 
@@ -67,8 +69,8 @@ class Weights(Mapping[str, Tensor]):
         """The model's config.json; an empty dict where there is none."""
         return {}
 
-    def task_vector(self, name: str) -> Tensor | None:
-        """What is added to the base's parameter, where it is known exactly; None: subtract."""
+    def task_vector(self, name: str, base_tensor: Tensor | None = None) -> Tensor | None:
+        """What is added to the base's (`base_tensor`, if at hand), where known; None: subtract."""
         return None
 
     def own_name(self, name: str) -> str:
@@ -144,8 +146,8 @@ class Renamed(Weights):
     def config(self) -> dict[str, Any]:
         return self.weights.config()
 
-    def task_vector(self, name: str) -> Tensor | None:
-        return self.weights.task_vector(self.names[name])
+    def task_vector(self, name: str, base_tensor: Tensor | None = None) -> Tensor | None:
+        return self.weights.task_vector(self.names[name], base_tensor)
 
     def file_sizes(self) -> dict[str, int]:
         return self.weights.file_sizes()
@@ -166,3 +168,13 @@ def as_weights(tensors: Mapping[str, Tensor] | torch.nn.Module) -> Weights:
         config = getattr(tensors, "config", None)  # a Hugging Face model's
         return InMemory(tensors.state_dict(), config and config.to_dict())
     return tensors if isinstance(tensors, Weights) else InMemory(tensors)
+
+
+def ties(weights: Weights) -> bool:
+    """Whether the model's head is its embeddings: config.json says so, or says nothing of it."""
+    config = weights.config()
+    texts = [config.get(key) for key in ("text_config", "llm_config")]
+    for part in (config, *(text for text in texts if isinstance(text, dict))):
+        if "tie_word_embeddings" in part:
+            return bool(part["tie_word_embeddings"])
+    return not any(is_head(name) for name in weights)

@@ -14,10 +14,10 @@ from optmerge_core.checkpoints.formats import CheckpointError, dtype_name
 from optmerge_core.checkpoints.layouts import as_laid_out
 from optmerge_core.checkpoints.names import is_embeddings, is_head
 from optmerge_core.checkpoints.open import open_checkpoint, open_expert
-from optmerge_core.checkpoints.weights import Weights
+from optmerge_core.checkpoints.weights import Weights, ties
 from optmerge_core.merging.checks import notice
 from optmerge_core.merging.families import mergeable, merges
-from optmerge_core.merging.heads import ties, with_heads
+from optmerge_core.merging.heads import with_heads
 from optmerge_core.merging.prompting import differences
 from optmerge_core.runtime import FLOAT_DTYPES
 

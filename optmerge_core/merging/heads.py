@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from optmerge_core.checkpoints.names import is_embeddings, is_head
-from optmerge_core.checkpoints.weights import Renamed, Weights
+from optmerge_core.checkpoints.weights import Renamed, Weights, ties
 from optmerge_core.merging.checks import notice
 
 
@@ -51,16 +51,6 @@ def with_heads(base: Weights, experts: Mapping[str, Weights]) -> Heads:
     )
     every = {owner: _with_head(x, found[owner], head) for owner, x in owners.items()}
     return Heads(every.pop("the base"), dict(zip(experts, every.values(), strict=True)), {}, True)
-
-
-def ties(weights: Weights) -> bool:
-    """Whether the model's head is its embeddings: config.json says so, or says nothing of it."""
-    config = weights.config()
-    texts = [config.get(key) for key in ("text_config", "llm_config")]
-    for part in (config, *(text for text in texts if isinstance(text, dict))):
-        if "tie_word_embeddings" in part:
-            return bool(part["tie_word_embeddings"])
-    return not any(is_head(name) for name in weights)
 
 
 def _parameters(weights: Weights) -> tuple[str | None, str] | None:

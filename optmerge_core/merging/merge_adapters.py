@@ -20,7 +20,8 @@ from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
 from optmerge_core.checkpoints import HUB_ID
-from optmerge_core.checkpoints.adapters import Adapter, Factors
+from optmerge_core.checkpoints.adapters import Adapter
+from optmerge_core.checkpoints.factors import Factors
 from optmerge_core.checkpoints.formats import (
     ADAPTER_CONFIG,
     ADAPTER_NAME,
@@ -29,7 +30,7 @@ from optmerge_core.checkpoints.formats import (
 )
 from optmerge_core.checkpoints.names import PREFIX, TOWER, is_head, other_names
 from optmerge_core.checkpoints.open import open_checkpoint
-from optmerge_core.checkpoints.weights import InMemory, Weights
+from optmerge_core.checkpoints.weights import InMemory, Weights, ties
 from optmerge_core.checkpoints.writer import CheckpointWriter, check_output
 from optmerge_core.merging.card import adapter_card
 from optmerge_core.merging.checks import (
@@ -40,7 +41,6 @@ from optmerge_core.merging.checks import (
     notice,
     with_preset,
 )
-from optmerge_core.merging.heads import ties
 from optmerge_core.merging.report import MergeReport, Record, describe
 from optmerge_core.methods.optmerge import PRESETS
 from optmerge_core.methods.registry import METHODS
@@ -122,6 +122,12 @@ def _opened(experts: Mapping[str, str | Path], base_model: str | Path | None) ->
     weights = {name: open_checkpoint(expert, adapter=True) for name, expert in experts.items()}
     base = None if base_model is None else open_checkpoint(base_model)
     opened = {n: Adapter(w, base).factors if base else Factors(w) for n, w in weights.items()}
+    for name, factors in opened.items():
+        if others := factors.others():
+            raise CheckpointError(
+                f"expert {name} has more than factors of linear layers ({'; '.join(others)}), "
+                "which no merged adapter has; merge with the base model (merge)"
+            )
     _tell_of_a_tied_head(opened, base)
     known: dict[str, None] = {}
     for factors in opened.values():
@@ -157,7 +163,7 @@ def _settings(opened: Mapping[str, Factors], rank: int) -> dict[str, Any]:
 
 def _stored_head(opened: Mapping[str, Factors], module: str) -> dict[str, Tensor]:
     """The base's weight, as PEFT saves it beside a head's factors: that of all who have it."""
-    stored = {n: f.stored(module) for n, f in opened.items() if module in f}
+    stored = {n: f.read(module, "base") for n, f in opened.items() if module in f}
     heads = [(name, tensor) for name, tensor in stored.items() if tensor is not None]
     for name, tensor in heads:
         if opened[name].settings.start or not torch.equal(tensor, heads[0][1]):
@@ -194,7 +200,7 @@ def merge_factors(
     method: str,
     options: Mapping[str, Any],
     scaling_coefficient: float,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
 ) -> tuple[Tensor, Tensor]:
     """One layer: factors (B, A) of every expert (None: not adapted) -> factors of the merged one.
 
@@ -223,7 +229,7 @@ def product_norm(b: Tensor, a: Tensor) -> float:
 
 
 def merge_cores(
-    cores: Tensor, method: str, options: Mapping[str, Any], shape: tuple[int, int]
+    cores: Tensor, method: str, options: Mapping[str, Any], shape: tuple[int, ...]
 ) -> Tensor:
     """METHODS[method] of the cores (experts, p, q), with its settings those of the whole `shape`.
 
@@ -255,10 +261,10 @@ def merge_cores(
     return METHODS[method](cores, **options)
 
 
-def _common_shapes(opened: Mapping[str, Factors], output_dir: Path) -> dict[str, tuple[int, int]]:
+def _common_shapes(opened: Mapping[str, Factors], output_dir: Path) -> dict[str, tuple[int, ...]]:
     """Module -> (outputs, inputs), of all that any adapter has; the output changes no adapter."""
     check_apart(expert_folders({n: factors.weights for n, factors in opened.items()}), output_dir)
-    shapes: dict[str, tuple[int, int]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, factors in opened.items():
         for module in factors:
             shape = shapes.setdefault(module, factors.shape(module))

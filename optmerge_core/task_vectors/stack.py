@@ -80,7 +80,7 @@ class TaskVectors(Mapping[str, Tensor]):
         """Each expert's parameter as stored; an adapter's is a task vector already."""
         parts = []
         for expert_name, expert in self.experts.items():
-            if (exact := expert.task_vector(name)) is not None:
+            if (exact := expert.task_vector(name, base_tensor)) is not None:
                 parts.append((pinned(exact, self.device), True))
                 continue
             tensor, shape = expert.get(name), base_tensor.shape

@@ -12,10 +12,11 @@ from transformers import Qwen2ForCausalLM
 
 from optmerge_core import merge, open_checkpoint
 from optmerge_core.__main__ import main
-from optmerge_core.checkpoints.adapters import PREFIX, Adapter, parameter_of
+from optmerge_core.checkpoints.adapters import Adapter, parameter_of
 from optmerge_core.checkpoints.formats import CheckpointError
+from optmerge_core.checkpoints.names import PREFIX
 from optmerge_core.checkpoints.open import open_expert
-from optmerge_core.checkpoints.weights import InMemory, as_weights
+from optmerge_core.checkpoints.weights import as_weights
 
 
 @pytest.fixture(scope="module")
@@ -102,15 +103,6 @@ def test_other_adapters_are_refused(family, tmp_path, settings, message):
     base, experts = family
     folder = edit(experts["e0"], tmp_path / "odd", **settings)
     with pytest.raises(CheckpointError, match=message):
-        open_expert(folder, open_checkpoint(base))
-
-
-def test_trained_modules_beside_the_factors_are_refused(family, tmp_path):
-    base, experts = family
-    folder = edit(experts["e0"], tmp_path / "odd")
-    path = folder / "adapter_model.safetensors"
-    save_file(load_file(path) | {"base_model.model.lm_head.weight": torch.zeros(40, 24)}, path)
-    with pytest.raises(CheckpointError, match="lm_head.weight' is not a LoRA factor"):
         open_expert(folder, open_checkpoint(base))
 
 
@@ -279,12 +271,6 @@ def test_factors_that_the_settings_do_not_have_are_refused(family, tmp_path, set
         open_expert(edit(experts["e0"], tmp_path / "odd", **settings), open_checkpoint(base))
 
 
-def test_an_adapter_of_transposed_layers_is_refused(family):
-    base, experts = family
-    with pytest.raises(CheckpointError, match="an adapter of gpt2, fan_in_fan_out; merge it into"):
-        open_expert(experts["e0"], InMemory(dict(open_checkpoint(base)), {"model_type": "gpt2"}))
-
-
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -311,5 +297,5 @@ def test_a_factor_that_is_there_twice_is_refused(family, tmp_path):
     tensors = load_file(path)
     again = {name.replace(".weight", ".default.weight"): t.clone() for name, t in tensors.items()}
     save_file(tensors | again, path)
-    with pytest.raises(CheckpointError, match="is not a LoRA factor of a linear layer"):
+    with pytest.raises(CheckpointError, match="is nothing that LoRA trains, or twice"):
         open_expert(tmp_path / "twice", open_checkpoint(base))

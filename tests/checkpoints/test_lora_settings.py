@@ -85,12 +85,26 @@ def test_a_beginning_that_cannot_be_repeated_is_refused(read, given):
         {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layers"},
         {"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": ["h", "blocks"]},
         {"target_modules": ["layers.1.q_proj", "q_proj"], "layers_to_transform": [0]},
+        {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head", r"layers\.1"]},
+        {"target_modules": None, "target_parameters": ["lm_head.weight"]},
     ],
 )
 def test_the_modules_that_peft_gives_factors(read, settings):
     config, ours = LoraConfig(**settings), read(**settings)
     for module in MODULES:
         assert ours.applies_to(module) == bool(check_target_module_exists(config, module)), module
+
+
+def test_parameters_and_rows_are_found_by_the_ends_of_their_paths(read):
+    parameters = ["experts.gate_up_proj", "mlp.experts.down_proj", "other.gate_up_proj"]
+    rows = {"embed_tokens": [3, 1], "lm_head": []}
+    ours = read(target_parameters=parameters, trainable_token_indices=rows)
+    nested = "model.layers.0.mlp.experts.base_layer.base_layer"
+    assert ours.parameters_of(nested) == ["gate_up_proj", "down_proj"]
+    assert ours.parameters_of("model.layers.0.other") == ["gate_up_proj"]
+    assert ours.parameters_of("model.layers.0.mlp") == []
+    assert ours.tokens("model.embed_tokens") == [3, 1] and ours.tokens("lm_head") == []
+    assert read(trainable_token_indices=[5]).tokens("any") == [5]
 
 
 def test_all_linear_stands_for_any(read):

@@ -32,6 +32,7 @@ from optmerge_core.checkpoints.open import open_expert
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FAMILIES = sorted(real.FAMILIES)
 TIED = ("gemma", "gemma2", "gemma3", "gemma3_text", "internvl", "paligemma", "qwen2")
+OTHERS = (torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 WRAPPERS = {
     "": "",
     r"lora_([AB])\.weight": r"lora_\1.default.weight",
@@ -42,12 +43,15 @@ WRAPPERS = {
     r"^base_model\.model\.model\.(language_model|text_model)\.": r"base_model.model.model.",
 }
 """What the names in people's files have more than PEFT's, or less (the text model's own)."""
-ODD = {
-    "use_dora": True, "lora_bias": True, "bias": "all", "modules_to_save": ["norm"],
-    "trainable_token_indices": [1, 2], "alora_invocation_tokens": [3], "lora_dropout": 0.1,
-    "layer_replication": [[0, 2]], "fan_in_fan_out": True, "ensure_weight_tying": True,
-    "task_type": "CAUSAL_LM", "inference_mode": True, "revision": "main", "qalora_group_size": 4,
-}  # fmt: skip
+STACKS = ["experts.gate_up_proj", "mlp.experts.down_proj"]
+ODD = [
+    *({"use_dora": True}, {"lora_bias": True}, {"bias": "all"}, {"bias": "lora_only"}),
+    *({"modules_to_save": names} for names in (["norm"], ["embed_tokens"], ["lm_head", "q_proj"])),
+    *({"trainable_token_indices": [1, 2]}, {"target_parameters": STACKS}, {"use_dora": True}),
+    *({"alora_invocation_tokens": [3]}, {"lora_dropout": 0.1}, {"layer_replication": [[0, 2]]}),
+    *({"fan_in_fan_out": True}, {"ensure_weight_tying": True}, {"task_type": "CAUSAL_LM"}),
+    *({"inference_mode": True}, {"revision": "main"}, {"qalora_group_size": 4}),
+]
 """Settings that are given to PEFT with the others, one at most."""
 EDITS = {
     "init_lora_weights": "corda", "layers_to_transform": [0], "layers_pattern": "blocks", "r": 7,
@@ -60,18 +64,18 @@ EDITS = {
 """Settings changed in the saved file, one at most."""
 
 
-def rarely(options: dict) -> st.SearchStrategy:
+def rarely(options: list[dict]) -> st.SearchStrategy:
     """One of the settings, in a third of the cases."""
-    one = st.sampled_from([{key: value} for key, value in options.items()])
-    return st.just({}) | st.just({}) | one
+    return st.just({}) | st.just({}) | st.sampled_from(options)
 
 
 @st.composite
 def cases(draw) -> dict:
     family, dtype = draw(st.sampled_from(FAMILIES)), draw(st.sampled_from(DTYPES))
     tied = draw(st.booleans()) if family in TIED else False
-    kinds = kinds_of(family)
-    targets = draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=4, unique=True))
+    linears, others = kinds_of(family, torch.nn.Linear), kinds_of(family, OTHERS)
+    targets = draw(st.lists(st.sampled_from(linears), min_size=1, max_size=4, unique=True))
+    targets += draw(st.just([]) | st.just([]) | st.sampled_from([[kind] for kind in others]))
     layers = st.sampled_from([r"layers\.0\..*", r".*\.1\..+", *(re.escape(x) for x in targets)])
     form = draw(st.sampled_from(["list", "list", "expression"]))
     config = {
@@ -88,15 +92,19 @@ def cases(draw) -> dict:
         "rank_pattern": draw(st.dictionaries(layers, st.integers(1, 5), max_size=2)),
         "alpha_pattern": draw(st.dictionaries(layers, st.integers(1, 9), max_size=2)),
     }  # fmt: skip
-    config |= draw(rarely(ODD))
+    config |= draw(st.just({}) | st.sampled_from(ODD))
+    if not has_stacks(family):
+        config.pop("target_parameters", None)
+    if {*targets} - {*linears} or {"lora_bias", "target_parameters"} & {*config}:
+        config["init_lora_weights"] = True  # the one of all kinds
+    if "ensure_weight_tying" in config:  # PEFT would merge tied factors twice
+        config["exclude_modules"] = ["embed_tokens", "wte"]
     if config["init_lora_weights"] in ("orthogonal", "mica"):  # these want few, and even numbers
         config |= {"r": 2, "rank_pattern": {}}
-    if "lora_bias" in config:
-        config["init_lora_weights"] = True
     return {
         "base": (family, dtype, tied, draw(st.sampled_from(["1MB", "9KB"]))),
         "config": config,
-        "edit": draw(rarely(EDITS)),
+        "edit": draw(rarely([{key: value} for key, value in EDITS.items()])),
         "dtype": draw(st.sampled_from(DTYPES)),
         "trained": draw(st.booleans()),
         "pickled": draw(st.booleans()),
@@ -105,10 +113,15 @@ def cases(draw) -> dict:
 
 
 @cache
-def kinds_of(family: str) -> list[str]:
+def kinds_of(family: str, classes: type | tuple[type, ...]) -> list[str]:
     modules = real.build(family).named_modules()
-    kinds = {name.split(".")[-1] for name, m in modules if isinstance(m, torch.nn.Linear)}
+    kinds = {name.split(".")[-1] for name, module in modules if isinstance(module, classes)}
     return sorted(kind for kind in kinds if not kind.isdigit())
+
+
+@cache
+def has_stacks(family: str) -> bool:
+    return any(name.endswith("experts.down_proj") for name in real.build(family).state_dict())
 
 
 @cache
@@ -151,8 +164,8 @@ def save_adapter(case: dict, base: Path, folder: Path) -> None:
     torch.manual_seed(len(case["config"]["target_modules"]))
     model = get_peft_model(load(base, case["base"][0]), LoraConfig(**case["config"]))
     if case["trained"]:
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
                 parameter.data.add_(0.05 * torch.randn(parameter.shape))
     model.save_pretrained(folder)
     path = folder / "adapter_model.safetensors"
@@ -191,7 +204,7 @@ def check(case: dict, root: Path) -> str:
         adapter = open_expert(given, open_checkpoint(base))
     except CheckpointError as error:
         return f"refused: {reason(case, given, str(error))}"
-    untie = case["base"][2] and any(is_head(name) for name in adapter.modules)
+    untie = case["base"][2] and any(is_head(name) for name in adapter.changes)
     expected = merged_by_peft(base, family, folder / "own", untie)
     ours = {HEAD if is_head(name) else name: tensor for name, tensor in adapter.items()}
     expected = {HEAD if is_head(name) else name: tensor for name, tensor in expected.items()}
@@ -202,7 +215,8 @@ def check(case: dict, root: Path) -> str:
     try:
         out = merge_adapters({"one": folder / "own"}, folder / "out", **options)
     except CheckpointError as error:
-        assert "lm_head: expert one has its base's weight beside" in str(error), str(error)
+        plain = "lm_head: expert one has its base's weight beside", "more than factors of linear"
+        assert any(text in str(error) for text in plain), str(error)
         return "equal, no adapter"
     again = merged_by_peft(base, family, out, untie)
     for name, tensor in again.items():
@@ -213,11 +227,12 @@ def check(case: dict, root: Path) -> str:
 
 def largest_term(adapter: Adapter, name: str) -> float:
     """Of the sums that make a parameter."""
-    own = next((n for n in adapter.modules if n == name or (name == HEAD and is_head(n))), None)
-    if own is None:
-        return 0.0
-    b, a = adapter.factors[adapter.modules[own]]
-    return (b.abs() @ a.abs()).max().item()
+    names = [n for n in adapter.changes if n == name or (name == HEAD and is_head(n))]
+    modules = [adapter.modules.get(name) for name in names]
+    if None in modules:  # a parameter's own factors, or none
+        modules = [*adapter.factors]
+    pairs = [adapter.factors[module] for module in modules]
+    return max(((b.abs() @ a.abs()).max().item() for b, a in pairs), default=0.0)
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor, largest: float) -> None:
@@ -237,9 +252,12 @@ def reason(case: dict, given: Path, message: str) -> str:
     # PEFT sorts the patterns when it saves, and finds another one the first that fits.
     sorted_ = len(config["rank_pattern"]) > 1 or {"r", "rank_pattern"} & case["edit"].keys()
     named += ["rank_pattern"] if sorted_ else []
-    named += ["not of a linear layer"] if "proj" in case["config"]["target_modules"] else []
-    named += ["lora_embedding_"] if config["ensure_weight_tying"] else []
-    named += [".bias'"] if config["bias"] != "none" else []
+    named += ["target_parameters, r and"] if "r" in case["edit"] else []
+    by_rows = (
+        config["trainable_token_indices"] and "embed_tokens" in case["config"]["target_modules"]
+    )
+    named += ["token_adapter"] if by_rows else []
+    named += [".bias stands for none"] if config["lora_bias"] else []  # PEFT merges none either
     named += ["is tied to the embeddings, which init_lora_weights"] if case["base"][2] else []
     found = [word for word in named if word in message]
     assert found, f"refused without a reason: {message}"
@@ -271,11 +289,12 @@ def root(tmp_path_factory) -> Path:
 
 def test_adapters_are_what_peft_makes_of_them(root):
     found = outcomes(root, 20)
-    assert found["equal"] >= 8 and found["not made"] <= 4, found
+    assert found["equal"] + found["equal, no adapter"] >= 8 and found["not made"] <= 4, found
 
 
 @pytest.mark.slow
 def test_five_hundred_adapters_are_what_peft_makes_of_them(root):
     found = outcomes(root, 500)
-    assert found["equal"] >= 200 and found["not made"] <= 75, found
-    assert len(found) > 12, found
+    assert found["equal"] >= 100 and found["equal, no adapter"] >= 60, found
+    assert found["not made"] <= 75, found
+    assert len(found) > 10, found

@@ -42,7 +42,7 @@ def test_another_naming_keeps_an_adapter_s_exact_task_vectors():
     class Exact(InMemory):
         changes = ("a",)
 
-        def task_vector(self, name):
+        def task_vector(self, name, base_tensor=None):
             return torch.full((2,), 5.0 if name == "a" else 0.0)
 
     weights = Renamed(Exact({"a": torch.ones(2), "b": torch.ones(2)}), {"x": "a", "y": "b"})

@@ -11,8 +11,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from optmerge_core import METHODS, merge, merge_adapters, open_checkpoint
-from optmerge_core.checkpoints.adapters import PREFIX, Factors
+from optmerge_core.checkpoints.factors import Factors
 from optmerge_core.checkpoints.formats import CheckpointError
+from optmerge_core.checkpoints.names import PREFIX
 from optmerge_core.checkpoints.open import open_expert
 from optmerge_core.merging.families import mergeable
 from optmerge_core.merging.loop import merge_tensors

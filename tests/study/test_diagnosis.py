@@ -156,7 +156,7 @@ class Adapter(InMemory):
         assert name in self.changes, "all else is the base's, and need not be read"
         return super().__getitem__(name)
 
-    def task_vector(self, name):
+    def task_vector(self, name, base_tensor=None):
         b, a = self.factors[name]
         return b @ a
 

@@ -28,7 +28,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from optmerge_core.benchmark.models.family import stop_at_the_end
 from optmerge_core.benchmark.models.internvl import TOKENS, ImageInternVLProcessor
 from optmerge_core.benchmark.tasks.english.drawing import CELLS, IMAGE_SIZE
-from optmerge_core.checkpoints.adapters import Factors
+from optmerge_core.checkpoints.factors import Factors
 from optmerge_core.checkpoints.folder import Checkpoint
 from optmerge_core.errors import MissingExtra
 from optmerge_core.places import checkout
