@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -100,7 +101,11 @@ def adapted(model, rank, seed):
     model.model.language_model.to(torch.bfloat16)
     model.set_attn_implementation("eager")
     torch.manual_seed(seed)  # the factors' start
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=modules))
+    peft = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=modules))
+    for layer in peft.modules():
+        if isinstance(layer, LoraLayer):  # autocast makes of its float32 inputs bfloat16 again
+            layer.cast_input_dtype_enabled = False
+    return peft
 
 
 def answer_loss(model, batch):
