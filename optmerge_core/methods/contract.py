@@ -29,8 +29,9 @@ Weights = Sequence[float] | None
 def merge_method(*, matrices_only: bool = False) -> Callable[[Method], Method]:
     """Turn an equation into a merge method: check its input, then call it without gradients.
 
-    The method takes task vectors (experts, *shape), float32 or float64, and returns (*shape).
-    With `matrices_only`, any other shape than (experts, rows, columns) gets the experts' mean.
+    The method takes task vectors (experts, *shape), float32 or float64, and returns (*shape);
+    (experts, matrices, m, n), of a mixture of experts, are merged matrix by matrix. With
+    `matrices_only`, any other shape than (experts, m, n) gets the experts' mean.
     An option the method does not have is a ValueError naming those it has.
     """
 
@@ -40,6 +41,8 @@ def merge_method(*, matrices_only: bool = False) -> Callable[[Method], Method]:
         def checked(task_vectors: Tensor, **options: Any) -> Tensor:
             check_option_names(method, options)
             check_task_vectors(task_vectors)
+            if task_vectors.ndim == 4:
+                return torch.stack([method(x, **options) for x in task_vectors.unbind(1)])
             if matrices_only and task_vectors.ndim != 3:
                 return task_vectors.mean(dim=0)
             return method(task_vectors, **options)

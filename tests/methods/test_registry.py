@@ -98,8 +98,17 @@ def test_one_expert_is_itself(name):
 
 @pytest.mark.parametrize("name", ["tsv", "iso_c", "wudi", "optmerge", "swudi", "aswudi"])
 def test_methods_on_matrices_give_others_the_mean(name):
-    for shape in ((3, 7), (3, 2, 3, 4)):
+    for shape in ((3, 7), (3, 2, 2, 3, 4)):
         assert torch.equal(METHODS[name](randn(*shape)), randn(*shape).mean(0))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stack_of_matrices_is_merged_matrix_by_matrix(name):
+    task_vectors, drawn = randn(3, 2, 5, 4), {}
+    if name in RANDOM:  # for one matrix after the other
+        drawn["generator"] = generators(0, 1, 2)
+    alone = [call(name, matrix, **drawn) for matrix in task_vectors.unbind(1)]
+    assert torch.equal(call(name, task_vectors), torch.stack(alone))
 
 
 @pytest.mark.parametrize("name", NAMES)
