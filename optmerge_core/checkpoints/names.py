@@ -27,10 +27,18 @@ MIXTURES = {
     ".block_sparse_moe.": ".mlp.",  # Mixtral, MiniMax, GraniteMoe
     **{".input_linear.weight": ".experts.gate_up_proj", ".router.layer.": ".router."},
     **{".output_linear.weight": ".experts.down_proj", ".gate.moe_statics.": ".moe_statics."},
+    **{".experts.fc1.weight": ".experts.gate_up_proj", ".experts.fc2.weight": ".experts.down_proj"},
     "backbone.": "",  # NemotronH
 }
 """words of a mixture's published files -> transformers 5's in memory, or what stands for either"""
 
+_STACK = re.compile(
+    r"(?:^|\.)(?:experts|moe)\."
+    r"(?:gate_up_proj|(?:gate|up|down)_proj|w[123]|(?:w13|w2)_weight|(?:gate_and_up|down)_projs)"
+    r"(?:\.weight)?$"
+)
+_BLOCK = re.compile(r"(.+?)\.experts\.|(.+?\.moe)\.")
+_ROUTER = re.compile(r"(.+)\.(?:gate|router)\..+")
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks|h)(\.(?P<number>\d+)\..+)")
 _LANGUAGE = re.compile(r"layers\.\d+\..+|embed_tokens\.weight|norm\.weight")
 _EMBEDDINGS = re.compile(r"(?:embed_tokens|tok_embeddings|wte)\.weight$")
@@ -67,6 +75,19 @@ def any_words(name: str) -> str:
     for word, other in MIXTURES.items():
         name = name.replace(word, other)
     return name
+
+
+def is_stack(name: str, shape: Collection[int]) -> bool:
+    """Whether a tensor holds a matrix of each expert of a mixture: (experts, rows, columns)."""
+    return len(shape) == 3 and 0 not in shape and _STACK.search(any_words(name)) is not None
+
+
+def routers(names: Collection[str]) -> set[str]:
+    """The parameters of a mixture's routers: of a module `gate` or `router` beside its experts."""
+    words = {name: any_words(name) for name in names}
+    blocks = {found[1] or found[2] for word in words.values() if (found := _BLOCK.match(word))}
+    parts = {name: _ROUTER.fullmatch(word) for name, word in words.items()}
+    return {name for name, match in parts.items() if match and match[1] in blocks}
 
 
 def other_names(ours: Collection[str], theirs: Collection[str]) -> dict[str, str]:

@@ -11,8 +11,8 @@ import torch
 
 from optmerge_core.checkpoints import HUB_ID
 from optmerge_core.checkpoints.formats import CheckpointError, dtype_name
-from optmerge_core.checkpoints.layouts import as_laid_out
-from optmerge_core.checkpoints.names import is_embeddings, is_head
+from optmerge_core.checkpoints.layouts import as_laid_out, upright
+from optmerge_core.checkpoints.names import is_embeddings, is_head, is_stack
 from optmerge_core.checkpoints.open import open_checkpoint, open_expert
 from optmerge_core.checkpoints.weights import Weights, ties
 from optmerge_core.merging.checks import notice
@@ -43,6 +43,7 @@ def open_models(
     *,
     family: str | None = None,
     scope: str = "linear",
+    router: str = "merge",
     stream: bool = False,
 ) -> Opened:
     """Open a base model and its experts (name -> location, model or state dict).
@@ -51,7 +52,7 @@ def open_models(
 
     Raises `ValueError` (`CheckpointError` for files) for experts that are none of this base.
     """
-    base: Weights = open_checkpoint(base_model, stream=stream)
+    base = upright(open_checkpoint(base_model, stream=stream))
     check_config(base, family is not None or scope == "all")
     opened = {
         name: as_laid_out(open_expert(expert, base, stream), base)
@@ -61,7 +62,8 @@ def open_models(
     tied, untied = dict[str, str](), False
     if scope == "all":
         base, opened, tied, untied = with_heads(base, opened)
-    names = [name for name in mergeable(base.shapes(), model_type, scope) if name not in tied]
+    names = mergeable(base.shapes(), model_type, scope, router)
+    names = [name for name in names if name not in tied]
     names = check_experts(base, opened, names, model_type)
     for text in differences(base, opened):
         notice(text)
@@ -125,6 +127,8 @@ def check_experts(
         )
     for text in notices:
         notice(text)
+    adapted = {n for x in experts.values() for n in (names if x.changes is None else x.changes)}
+    agreeing -= {n for n in names if n not in adapted and is_stack(n, base.shape(n))}
     return [name for name in names if name in agreeing]
 
 

@@ -2,9 +2,9 @@
 
 The paper merges the linear layers of the language model. Vision tower, connector, embeddings,
 lm_head, norms and biases are the base's. A parameter merges if its name matches the family's rule
-and it is two-dimensional, so a fused projection (Phi-3's `qkv_proj`, InternLM2's `wqkv`) merges as
-the one matrix it is, and so do a mixture-of-experts' router and its experts, where each expert has
-its own matrices.
+and it is a matrix, so a fused projection (Phi-3's `qkv_proj`, InternLM2's `wqkv`) merges as the one
+matrix it is, and so do the matrices of a mixture of experts, be each a parameter of its own or all
+in one tensor (`experts.gate_up_proj`, `experts.down_proj`), and its router.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import re
 import warnings
 from collections.abc import Mapping
 
-from optmerge_core.checkpoints.names import TOWER
+from optmerge_core.checkpoints.names import TOWER, is_stack, routers
 
 SCOPES = ("linear", "all")
+ROUTERS = ("merge", "base")
 
 _LAYER = r"layers\.\d+\..+\.weight"
 _TEXT = rf"model\.{_LAYER}"
@@ -52,19 +53,28 @@ FUSED_EXPERTS = re.compile(r"layers\.\d+\.(?:.+\.)?experts\.\w+$")
 
 
 def mergeable(
-    names_and_shapes: Mapping[str, tuple[int, ...]], model_type: str | None, scope: str = "linear"
+    names_and_shapes: Mapping[str, tuple[int, ...]],
+    model_type: str | None,
+    scope: str = "linear",
+    router: str = "merge",
 ) -> list[str]:
     """Names of the parameters to merge, in the order given.
 
     `names_and_shapes` maps parameter name to shape, `model_type` is config.json's. With the scope
     "linear", the paper's, these are the linear layers of the language model. An unknown family gets
     a default rule (2-D weights under `layers.<i>.`, and no word like vision, audio or projector in
-    the name) and a warning; so does a mixture of experts whose matrices are stored as one 3-D
-    tensor, which is the base's. With "all" it is every parameter but scalars and empty ones.
-    Raises `ValueError` if nothing merges.
+    the name) and a warning; so do 3-D tensors of a mixture's experts that are not known to be
+    matrices, which are the base's. With "all" it is every parameter but scalars and empty ones.
+    With the router "base", a mixture's routers keep the base's values in either scope. Raises
+    `ValueError` if nothing merges.
     """
     if scope not in SCOPES:
         raise ValueError(f"scope {scope!r}: give 'linear' or 'all'")
+    if router not in ROUTERS:
+        raise ValueError(f"router {router!r}: give 'merge' or 'base'")
+    if router == "base":
+        kept = routers(names_and_shapes)
+        names_and_shapes = {n: shape for n, shape in names_and_shapes.items() if n not in kept}
     if scope == "all":
         names = [name for name, shape in names_and_shapes.items() if shape and 0 not in shape]
         if not names:
@@ -84,13 +94,12 @@ def mergeable(
             f"{FAMILIES.get(model_type or '', _DEFAULT)}, and this checkpoint has names like "
             f"{example}; is it another model? (scope 'all' merges whatever its names are)"
         )
-    fused = [
-        n for n, shape in names_and_shapes.items() if len(shape) == 3 and FUSED_EXPERTS.search(n)
-    ]
+    merging, shapes = set(names), names_and_shapes.items()
+    fused = [n for n, x in shapes if len(x) == 3 and FUSED_EXPERTS.search(n) and n not in merging]
     if fused:
         warnings.warn(
-            f"{len(fused)} tensors hold the matrices of a mixture of experts in three dimensions "
-            f"and keep the base's values ({fused[0]}); scope 'all' merges them",
+            f"{len(fused)} tensors of a mixture of experts have no known name and keep the base's "
+            f"values ({fused[0]}); scope 'all' merges them",
             stacklevel=2,
         )
     return names
@@ -98,6 +107,8 @@ def mergeable(
 
 def merges(name: str, shape: tuple[int, ...], model_type: str | None) -> bool:
     """Whether one parameter merges under its family's rule, or the default one."""
+    if is_stack(name, shape):  # a parameter, in most classes, and no module's `weight`
+        return follows_rule(f"{name.removesuffix('.weight')}.weight", model_type)
     return len(shape) == 2 and follows_rule(name, model_type)
 
 

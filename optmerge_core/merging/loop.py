@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,14 +24,17 @@ from optmerge_core.merging.checks import (
     check_in_range,
     check_request,
 )
-from optmerge_core.merging.report import Record, record_of
+from optmerge_core.merging.report import Record, joined, record_of
 from optmerge_core.methods.dare import dare
 from optmerge_core.methods.registry import METHODS, merge_blocks, merges_in_blocks
 from optmerge_core.runtime import in_order, parse_device
 from optmerge_core.task_vectors.stack import Part, TaskVectors, apply, derive_seed, pinned
 
+AVERAGES = ("weight_average", "task_arithmetic")  # to them all matrices are as one
 Merged = tuple[str, Tensor, Record | None]
 """A parameter of the output: name, value as stored, the report's record if it was merged."""
+Piece = tuple[str, int | None, tuple[Tensor, list[Part]] | None]
+"""A parameter as it is; or the number of a matrix in a mixture's tensor, which is read already."""
 
 
 class ParameterMerger:
@@ -74,28 +78,47 @@ class ParameterMerger:
         """
         names = list(names)
         try:
+            pieces = self._pieces(names)
             if self.device.type == "cuda":  # the next parameters are read while it computes
-                loaded = in_order(self._load, names, self.device, self._memory)
-                yield from in_order(lambda read: self._result(*read), loaded, self.device)
+                loaded = in_order(self._load, pieces, self.device, self._memory)
+                work = in_order(lambda read: self._result(*read), loaded, self.device)
             else:
-                work = in_order(lambda n: self._result(*self._load(n)), names, "cpu", self._memory)
-                yield from work
+                work = in_order(lambda x: self._result(*self._load(x)), pieces, "cpu", self._memory)
+            yield from self._put_together(work)
         except NotFinite:
             if not any(x.streamed(()) for x in (self.base, *self.experts.values())):
                 check_finite(self.base, self.experts, names, self.sources)
             raise
 
-    def _load(self, name: str) -> tuple[str, Tensor, list[Part] | None]:
-        tensor, source = pinned(self.base[name], self.device), self.sources.get(name)
-        if source is None or (self.in_blocks and name not in self.averaged):
-            return name, tensor, None
-        return name, tensor, self.task_vectors.read(source, tensor)
+    def _pieces(self, names: Iterable[str]) -> Iterator[Piece]:
+        for name in names:
+            whole = name in self.averaged or (self.in_blocks and self.method in AVERAGES)
+            apart, read = name in self.sources and not whole, None
+            for number in self.task_vectors.numbers(name) if apart else [None]:
+                if number == 0:
+                    tensor = self.base[name]
+                    read = tensor, self.task_vectors.read(name, tensor)
+                yield name, number, read
 
-    def _result(self, name: str, tensor: Tensor, parts: list[Part] | None) -> Merged:
+    def _blocked(self, name: str, number: int | None) -> bool:
+        return self.in_blocks and number is None and name not in self.averaged
+
+    def _load(self, piece: Piece) -> tuple[str, int | None, Tensor, list[Part] | None]:
+        name, number, read = piece
+        source, tensor = self.sources.get(name), self.base[name] if read is None else read[0]
+        if source is None or self._blocked(name, number):
+            return name, number, pinned(tensor, self.device), None
+        parts = self.task_vectors.read(source, tensor) if read is None else read[1]
+        own = partial(self.task_vectors.matrix, source, number=number)
+        return name, number, own(tensor), [(own(part), ready) for part, ready in parts]
+
+    def _result(
+        self, name: str, number: int | None, tensor: Tensor, parts: list[Part] | None
+    ) -> tuple[int | None, Merged]:
         made: Record | None = None
         source, dtype = self.sources.get(name), self.dtypes[name]
         check_finite_tensor(name, "the base", tensor)
-        if source is not None and self.in_blocks and name not in self.averaged:
+        if source is not None and self._blocked(name, number):
             tensor, made = self._in_blocks(name, tensor, source)
         elif source is not None:
             stack = self.task_vectors.stack(source, tensor, parts)
@@ -103,17 +126,31 @@ class ParameterMerger:
             if name in self.averaged:
                 tensor = apply(tensor, stack.mean(dim=0), 1.0, dtype)
             else:
-                random = _random(self.task_vectors, self.method, self.seed, source)
-                merged = METHODS[self.method](stack, **self.options, **random)
+                random = _random(self.task_vectors, self.method, self.seed, source, number)
+                merged = _merged(self.method, stack, self.options | random)
                 made = record_of(name, tensor, stack, merged, self.experts)
                 tensor = apply(tensor, merged, self.scaling_coefficient, dtype)
         tensor = check_in_range(name, tensor.to("cpu", dtype))
-        if self.hashed:
+        if self.hashed and number in (None, self.base.shape(name)[0] - 1):
             self.base.hash_beside(name)
             if source is not None:
                 for expert in self.experts.values():
                     expert.hash_beside(source)
-        return name, tensor, made
+        return number, (name, tensor, made)
+
+    def _put_together(self, work: Iterable[tuple[int | None, Merged]]) -> Iterator[Merged]:
+        """Each parameter, whole, once the last of its matrices is done."""
+        whole, records = torch.empty(0), list[Record]()
+        for number, (name, tensor, made) in work:
+            if number is None or made is None:
+                yield name, tensor, made
+                continue
+            if number == 0:
+                whole, records = torch.empty(self.base.shape(name), dtype=tensor.dtype), []
+            self.task_vectors.place(name, tensor, number, whole)
+            records.append(made)
+            if number == len(whole) - 1:
+                yield name, whole, joined(name, whole.shape, records)
 
     def _in_blocks(self, name: str, tensor: Tensor, source: str) -> tuple[Tensor, Record]:
         """The same values, with no more of the task vectors in memory than a block."""
@@ -137,10 +174,12 @@ class ParameterMerger:
         )  # fmt: skip
         return changed.view(tensor.shape), made
 
-    def _memory(self, name: str) -> int:
-        """Bytes that a parameter takes at most while it is merged: some ten stacks in float32."""
-        stacks = 1 if self.in_blocks else 10 * len(self.experts)
-        return 4 * stacks * math.prod(self.base.shape(name)) if name in self.sources else 0
+    def _memory(self, piece: Piece) -> int:
+        """Bytes that a piece takes at most while it is merged: some ten stacks in float32."""
+        name, number, _ = piece
+        stacks = 1 if self._blocked(name, number) else 10 * len(self.experts)
+        shape = self.base.shape(name)[number is not None :]
+        return 4 * stacks * math.prod(shape) if name in self.sources else 0
 
 
 def merge_tensors(
@@ -168,19 +207,31 @@ def merge_tensors(
         options["thresholds"] = limits.to(chosen)
 
     def merged(name: str) -> Tensor:
-        stack, random = task_vectors[name], _random(task_vectors, method, seed, name)
-        check_finite_stack(name, task_vectors, stack)
-        return METHODS[method](stack, **options, **random).cpu()
+        whole = torch.empty(task_vectors.base.shape(name))
+        for number, _, stack in task_vectors.matrices(name):
+            check_finite_stack(name, task_vectors, stack)
+            random = _random(task_vectors, method, seed, name, number)
+            task_vectors.place(name, _merged(method, stack, options | random), number, whole)
+        return whole
 
     progress = tqdm(task_vectors, desc=f"merging ({method})", unit="parameter", leave=False)
     return dict(zip(progress, in_order(merged, task_vectors, chosen), strict=True))
 
 
-def _random(task_vectors: TaskVectors, method: str, seed: int, name: str) -> dict[str, Any]:
+def _merged(method: str, stack: Tensor, options: Mapping[str, Any]) -> Tensor:
+    """By the method; a convolution, which is no stack of matrices, as one long row of entries."""
+    flat = stack.flatten(1) if stack.ndim == 4 else stack
+    return METHODS[method](flat, **options).view(stack.shape[1:])
+
+
+def _random(
+    task_vectors: TaskVectors, method: str, seed: int, name: str, number: int | None = None
+) -> dict[str, Any]:
     """DARE's generators; on the CPU on every device, so that the same entries drop anywhere."""
     if not method.startswith("dare_"):
         return {}
-    seeds = [derive_seed(seed, name, expert) for expert in task_vectors.expert_names]
+    more = [str(number)] * (number is not None)
+    seeds = [derive_seed(seed, name, expert, *more) for expert in task_vectors.expert_names]
     return {"generator": [torch.Generator().manual_seed(value) for value in seeds]}
 
 
@@ -194,23 +245,24 @@ def trim_thresholds_over_model(
     parameters = inspect.signature(METHODS[method]).parameters.values()
     settings = {parameter.name: parameter.default for parameter in parameters} | dict(options)
 
-    def before_trimming(name: str) -> Tensor:
-        stack, random = task_vectors[name], _random(task_vectors, method, seed, name)
-        return dare(stack, settings["drop_rate"], **random) if random else stack
+    def before_trimming(name: str) -> Iterator[Tensor]:
+        for number, _, stack in task_vectors.matrices(name):
+            random = _random(task_vectors, method, seed, name, number)
+            yield dare(stack, settings["drop_rate"], **random) if random else stack
 
     density, device = settings["density"], task_vectors.device
     return model_thresholds(before_trimming, task_vectors, density, device)
 
 
 def model_thresholds(
-    stack_of: Callable[[str], Tensor],
+    stacks_of: Callable[[str], Iterable[Tensor]],
     names: Iterable[str],
     density: float,
     device: str | torch.device = "cpu",
 ) -> Tensor:
     """The k-th smallest magnitude of each expert over a whole model, k = int((1 - density) size).
 
-    `stack_of(name)` is the float32 stack (experts, *shape) of a parameter; each is asked for twice.
+    `stacks_of(name)` are the float32 stacks (experts, *shape) of a parameter, asked for twice.
     Exact, in memory that does not grow with the model: the bits of a non-negative float32 sort like
     the number, so a histogram of their upper halves finds the threshold's upper half, and a second
     one, of the lower halves below that upper half, finds the rest. Returns (experts,), 0 for k = 0.
@@ -220,9 +272,12 @@ def model_thresholds(
         """Counts (experts, 65536) of the 16 bits that `half` takes of an expert's magnitudes."""
 
         def count(name: str) -> Tensor:
-            rows = stack_of(name).flatten(1).abs().view(torch.int32)
-            halves = [torch.bincount(half(row, i), minlength=1 << 16) for i, row in enumerate(rows)]
-            return torch.stack(halves).cpu()
+            counts = torch.zeros(1, dtype=torch.int64)
+            for stack in stacks_of(name):
+                rows = enumerate(stack.flatten(1).abs().view(torch.int32))
+                halves = [torch.bincount(half(row, i), minlength=1 << 16) for i, row in rows]
+                counts = counts + torch.stack(halves).cpu()
+            return counts
 
         progress = tqdm(list(names), desc="trimming", unit="parameter", leave=False)
         return sum(in_order(count, progress, device), start=torch.zeros(1, dtype=torch.int64))

@@ -57,6 +57,7 @@ class MergeReport:
     family: str | None = None
     """as asked for; None where config.json's model type decided"""
     scope: str = "linear"
+    router: str = "merge"
     weights: dict[str, str] = field(default_factory=dict)
     """weight file of the output -> its SHA-256"""
     added_tokens: dict[str, dict[int, int]] | None = None
@@ -89,7 +90,7 @@ class MergeReport:
             "trim": self.trim,
             "seed": self.seed,
         }
-        defaults = {"dtype": None, "family": None, "scope": "linear"}
+        defaults = {"dtype": None, "family": None, "scope": "linear", "router": "merge"}
         given = {key: getattr(self, key) for key in defaults}
         recipe |= {key: value for key, value in given.items() if value != defaults[key]}
         return dict(json.loads(json.dumps(recipe, default=str)))
@@ -109,6 +110,16 @@ def record_of(
     return Record(
         name=name, shape=list(merged.shape), base_norm=_norm_in_blocks(base),
         merged_norm=_norm(merged), expert_norms=norms,
+    )  # fmt: skip
+
+
+def joined(name: str, shape: Iterable[int], parts: list[Record]) -> Record:
+    """The record of a parameter from those of its matrices."""
+    norms = [(p["base_norm"] or 0.0, p["merged_norm"], *p["expert_norms"].values()) for p in parts]
+    base_norm, merged_norm, *others = (math.hypot(*column) for column in zip(*norms, strict=True))
+    return Record(
+        name=name, shape=list(shape), base_norm=base_norm, merged_norm=merged_norm,
+        expert_norms=dict(zip(parts[0]["expert_norms"], others, strict=True)),
     )  # fmt: skip
 
 

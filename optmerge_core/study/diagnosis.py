@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from optmerge_core.checkpoints.formats import dtype_name
-from optmerge_core.checkpoints.names import TOWER, layer_index, module_kind
+from optmerge_core.checkpoints.names import TOWER, is_stack, layer_index, module_kind
 from optmerge_core.checkpoints.weights import Weights
 from optmerge_core.merging.checks import check_finite_stack
 from optmerge_core.methods.svd import truncated_svd
@@ -64,22 +64,24 @@ def diagnose(
     }
 
     def measure(name: str) -> dict[str, Any]:
-        tensor = task_vectors.base[name]  # read once, also where it comes over a network
-        stack = task_vectors.stack(name, tensor)
-        measured = _entries(stack, tensor)
-        check_finite_stack(name, task_vectors, measured["gram"])
-        measured |= {
-            "rounding": [
-                _rounding(name, tensor, task_vector, dtype)
+        parts = []
+        for number, matrix, stack in task_vectors.matrices(name):
+            measured = _entries(stack, matrix)
+            check_finite_stack(name, task_vectors, measured["gram"])
+            rounding = [
+                _rounding(name, matrix, task_vector, dtype)
                 for task_vector, dtype in zip(stack, stored.values(), strict=True)
             ]
-        }
-        if stack.ndim == 3 and layer_index(name) in sampled:
-            measured |= _spectra(stack, measured["rounding"])
-        return measured
+            measured["rounding"] = np.array(rounding)
+            if number is None and stack.ndim == 3 and layer_index(name) in sampled:
+                measured |= _spectra(stack, rounding)
+            parts.append(measured)
+        # Of a mixture's matrices the sums, as of one parameter.
+        return parts[0] if len(parts) == 1 else {x: sum(p[x] for p in parts) for x in parts[0]}
 
     def memory(name: str) -> int:
-        return (4 * len(experts) + 40) * math.prod(shapes[name])
+        shape = shapes[name]
+        return (4 * len(experts) + 40) * math.prod(shape[is_stack(name, shape) :])
 
     results = in_order(measure, names, memory=memory)
     progress = tqdm(names, desc="measuring", unit="parameter", leave=False)

@@ -7,11 +7,14 @@ of all experts at a time.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from optmerge_core.checkpoints.layouts import inputs_first
+from optmerge_core.checkpoints.names import is_stack
 from optmerge_core.checkpoints.weights import as_weights
 from optmerge_core.methods.blocks import Blocks
 
@@ -81,7 +84,7 @@ class TaskVectors(Mapping[str, Tensor]):
         parts = []
         for expert_name, expert in self.experts.items():
             if (exact := expert.task_vector(name, base_tensor)) is not None:
-                parts.append((pinned(exact, self.device), True))
+                parts.append((exact, True))
                 continue
             tensor, shape = expert.get(name), base_tensor.shape
             if tensor is None or tensor.shape != shape:
@@ -90,8 +93,37 @@ class TaskVectors(Mapping[str, Tensor]):
                     f"{name}: expert {expert_name} {found}, the base has {tuple(shape)}; "
                     "an expert must be a fine-tuned copy of the base model"
                 )
-            parts.append((pinned(tensor, self.device), False))
+            parts.append((tensor, False))
         return parts
+
+    def numbers(self, name: str) -> Sequence[int | None]:
+        """Those of the matrices in a mixture's tensor; None alone for any other parameter."""
+        shape = self.base.shape(name)
+        return range(shape[0]) if is_stack(name, shape) else [None]
+
+    def matrix(self, name: str, tensor: Tensor, number: int | None) -> Tensor:
+        """The matrix of that number, outputs × inputs as of a linear layer; of None, the tensor."""
+        if number is not None:
+            tensor = tensor[number].mT.contiguous() if name in self._turned else tensor[number]
+        return pinned(tensor, self.device)
+
+    def matrices(self, name: str) -> Iterator[tuple[int | None, Tensor, Tensor]]:
+        """Number, base (m, n) and stack (experts, m, n) of each matrix, one after the other."""
+        tensor = self.base[name]
+        parts = self.read(name, tensor)
+        for number in self.numbers(name):
+            base = self.matrix(name, tensor, number)
+            own = [(self.matrix(name, part, number), ready) for part, ready in parts]
+            yield number, base, self.stack(name, base, own)
+
+    def place(self, name: str, matrix: Tensor, number: int | None, whole: Tensor) -> None:
+        """Put a matrix where it lies in the whole parameter, as `matrix` took it from there."""
+        own = whole if number is None else whole[number]
+        own.copy_(matrix.mT if number is not None and name in self._turned else matrix)
+
+    @cached_property
+    def _turned(self) -> set[str]:
+        return inputs_first(self.base)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

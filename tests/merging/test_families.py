@@ -63,15 +63,20 @@ def test_names_of_published_checkpoints(checkpoint, model_type):
         assert mergeable(kept | merging, "mystery") == list(merging)
 
 
-def test_a_mixture_of_experts_in_one_tensor_is_the_bases_with_a_notice():
+def test_a_mixture_of_experts_in_one_tensor_merges_and_its_router_if_asked():
     shapes = {
         "model.language_model.layers.0.self_attn.q_proj.weight": (4096, 2048),
         "model.language_model.layers.0.mlp.gate.weight": (128, 2048),
         "model.language_model.layers.0.mlp.experts.gate_up_proj": (128, 2048, 1536),
     }
-    with pytest.warns(UserWarning, match="1 tensors hold.*gate_up_proj.*scope 'all' merges them"):
-        assert mergeable(shapes, "qwen3_vl_moe") == list(shapes)[:2]
-    assert mergeable(shapes, "qwen3_vl_moe", scope="all") == list(shapes)
+    left = [name for name in shapes if "mlp.gate." not in name]
+    for scope in ("linear", "all"):
+        assert mergeable(shapes, "qwen3_vl_moe", scope) == list(shapes)
+        assert mergeable(shapes, "qwen3_vl_moe", scope, router="base") == left
+    unknown = "model.language_model.layers.0.mlp.experts.bases"
+    shapes[unknown] = (128, 2048, 4)
+    with pytest.warns(UserWarning, match=f"1 tensors .* no known name .*{unknown}.*scope 'all'"):
+        assert mergeable(shapes, "qwen3_vl_moe") == list(shapes)[:-1]
 
 
 def test_scope_all_takes_every_shape_with_entries_without_a_notice():

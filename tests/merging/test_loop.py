@@ -56,8 +56,9 @@ def test_the_memory_of_a_parameter_bounds_how_many_merge(monkeypatch, method, op
     asked = {}
 
     def recorded(work, items, device, memory):
-        asked.update((item, memory(item)) for item in items)
-        return map(work, items)
+        pieces = list(items)
+        asked.update((piece[0], memory(piece)) for piece in pieces)
+        return map(work, pieces)
 
     monkeypatch.setattr(loop, "in_order", recorded)
     merger = ParameterMerger(
