@@ -50,6 +50,8 @@ def merge_command(options: argparse.Namespace) -> None:
     models = (recipe.base_model, recipe.experts, options.output)
     chosen = settings(recipe, options.method)
     chosen |= {"device": options.device, "overwrite": options.overwrite}
+    if options.router is not None:
+        chosen["router"] = options.router
     if options.scaling_coefficient is not None:
         chosen["scaling_coefficient"] = options.scaling_coefficient
     if recipe.merges == "modalities":
@@ -185,6 +187,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = add("merge", merge_command, "merge a recipe's experts into one model folder")
     sub.add_argument("--method", help="another method than the recipe's")
     sub.add_argument("--scaling-coefficient", type=float, metavar="X", help="not the recipe's")
+    text = "a mixture's router: by the same method, or the base's (default: the recipe's)"
+    sub.add_argument("--router", choices=["merge", "base"], help=text)
     sub.add_argument("--overwrite", action="store_true", help="replace a checkpoint at DIR")
     stream = "read weights from the hub or a web server tensor by tensor, without downloading them"
     sub.add_argument("--stream", action="store_true", help=stream)

@@ -24,7 +24,7 @@ from optmerge_core.runtime import Meter, in_order, parse_device
 Cost = Callable[[], dict[str, Any]]
 SETTINGS = (
     *("method", "method_options", "scaling_coefficient", "trim", "seed"),
-    *("dtype", "model_type", "family", "scope"),
+    *("dtype", "model_type", "family", "scope", "router"),
 )
 """What a report says as its plan does."""
 
@@ -44,6 +44,7 @@ def merge(
     overwrite: bool = False,
     family: str | None = None,
     scope: str = "linear",
+    router: str = "merge",
     max_shard_size: int | str = "400MB",
     stream: bool = False,
 ) -> MergeReport:
@@ -63,7 +64,7 @@ def merge(
         base_model, experts, output_dir,
         method=method, method_options=method_options, scaling_coefficient=scaling_coefficient,
         device=device, dtype=dtype, trim=trim, seed=seed, overwrite=overwrite, family=family,
-        scope=scope, max_shard_size=max_shard_size, stream=stream,
+        scope=scope, router=router, max_shard_size=max_shard_size, stream=stream,
     )  # fmt: skip
     records: list[Record] = []
     with plan.writer() as writer:

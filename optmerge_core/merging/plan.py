@@ -80,6 +80,7 @@ class MergePlan:
     dtype: str | None
     family: str | None
     scope: str
+    router: str
     model_type: str | None
     stream: bool
     overwrite: bool
@@ -115,8 +116,8 @@ class MergePlan:
         """The inputs, opened once a process. `CheckpointError` if they are no longer the plan's."""
         if not self._opened:
             experts = {name: _place(item) for name, item in self.experts.items()}
-            base, family = _place(self.base_model), self.family
-            opened = open_models(base, experts, family=family, scope=self.scope, stream=self.stream)
+            place = {x: getattr(self, x) for x in ("family", "scope", "router")}
+            opened = open_models(_place(self.base_model), experts, **place, stream=self.stream)
             self._opened.append(opened)
         opened = self._opened[0]
         inputs = zip(self.experts.values(), opened.experts.values(), strict=True)
@@ -181,6 +182,7 @@ def plan_merge(
     overwrite: bool = False,
     family: str | None = None,
     scope: str = "linear",
+    router: str = "merge",
     max_shard_size: int | str = "400MB",
     stream: bool = False,
     max_part_size: int | str = "256MB",
@@ -193,10 +195,11 @@ def plan_merge(
     type) becomes base + scaling_coefficient * METHODS[method](stack of task vectors), computed in
     float32 on `device`. All else is the base's, byte for byte. What is stored is in the base's
     dtype, or in `dtype`. With `scope="all"` every floating-point parameter merges that all experts
-    have in the base's shape, not the language model's linear layers alone. With `trim="model"` the
-    TIES methods trim over the whole model: all task vectors are then read twice, here. With
-    `stream`, inputs may stay on the hub or a web server (URLs). Parts end where they would be
-    larger than `max_part_size` (of merged tensors) or cost more than `MAX_PART_COST`.
+    have in the base's shape, not the language model's linear layers alone. A mixture's matrices are
+    merged one by one, wherever they are stored; with `router="base"` its routers are the base's.
+    With `trim="model"` the TIES methods trim over the whole model: all task vectors are then read
+    twice, here. With `stream`, inputs may stay on the hub or a web server (URLs). Parts end where
+    they would be larger than `max_part_size` (of merged tensors) or cost more than `MAX_PART_COST`.
 
     Raises `ValueError` (`CheckpointError` for files); nothing is written.
     """
@@ -204,7 +207,8 @@ def plan_merge(
     check_request(experts, method, options, scaling_coefficient, trim, seed, family)
     check_output(output_dir, overwrite=overwrite)
     chosen = parse_device(device)
-    opened = open_models(base_model, experts, family=family, scope=scope, stream=stream)
+    place: dict[str, Any] = {"family": family, "scope": scope, "router": router}
+    opened = open_models(base_model, experts, **place, stream=stream)
     check_folders(opened.base, opened.experts, Path(output_dir))
     layout = _layout(opened, stored, max_shard_size, max_part_size)
     expected = sum(part.bytes for part in layout["parts"])
@@ -215,11 +219,11 @@ def plan_merge(
     return MergePlan(
         output_dir=str(Path(output_dir).resolve()), method=method, method_options=options,
         scaling_coefficient=scaling_coefficient, trim=trim, thresholds=thresholds, seed=seed,
-        device=str(device), dtype=dtype_name(stored) if stored else None, family=family,
-        scope=scope, model_type=opened.model_type, stream=stream, overwrite=overwrite,
+        device=str(device), dtype=dtype_name(stored) if stored else None,
+        model_type=opened.model_type, stream=stream, overwrite=overwrite,
         base_model=_described(base_model, opened.base),
         experts={n: _described(experts[n], weights) for n, weights in opened.experts.items()},
-        _opened=[opened], **layout,
+        _opened=[opened], **place, **layout,
     )  # fmt: skip
 
 

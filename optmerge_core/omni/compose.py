@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optmerge_core.checkpoints.formats import dtype_name, side_files
-from optmerge_core.checkpoints.names import EMBEDDINGS, HEAD
+from optmerge_core.checkpoints.names import EMBEDDINGS, HEAD, routers
 from optmerge_core.checkpoints.weights import Weights
 from optmerge_core.checkpoints.writer import CheckpointWriter, check_output
 from optmerge_core.merging.card import omni_card
@@ -57,6 +57,7 @@ def compose(
     overwrite: bool = False,
     family: str | None = None,
     scope: str = "linear",
+    router: str = "merge",
     max_shard_size: int | str = "400MB",
 ) -> Path:
     """Merge the specialists' language models and write one Omni model with all their towers.
@@ -65,10 +66,9 @@ def compose(
     specialists: modality -> folder, hub id, PEFT adapter or loaded model. The linear layers become
     base + scaling_coefficient * METHODS[method](task vectors), OptMerge with its preset `modality`
     unless told otherwise; embeddings, norms and lm_head become the specialists' mean, or with
-    `scope="all"` merge as well. `dtype`, of towers too, `trim` and `family` are those of `merge`.
-    Added tokens get numbers after the base's. `output_dir` opens with
-    `OmniForConditionalGeneration.from_pretrained`; `specialists/<modality>` in it has each one's
-    configuration, tokenizer and processor.
+    `scope="all"` merge as well. `dtype`, of towers too, `trim`, `family` and `router` are those of
+    `merge`. Added tokens get numbers after the base's. `output_dir` opens with
+    `OmniForConditionalGeneration.from_pretrained`; `specialists/<modality>` has their side files.
 
     Loop, checks, report and card are those of `merge`, but no `MergePlan` is made: specialists and
     their towers may come from memory, and the output has names and rows that the base has not.
@@ -78,14 +78,14 @@ def compose(
     meter, options = Meter(chosen), with_preset(method, method_options, "modality")
     check_request(specialists, method, options, scaling_coefficient, trim, seed, family)
     check_output(output_dir, overwrite=overwrite)
-    place = {"family": family, "scope": scope}
+    place = {"family": family, "scope": scope, "router": router}
     models, opened = open_language_models(base_language_model, specialists, **place)
     check_folders(models.base, models.experts, Path(output_dir))
     tokenizer = load_tokenizer(models.base.folder)
     ids = reconcile(tokenizer, opened) if tokenizer else {modality: {} for modality in opened}
     check_tokens(opened, ids)
     settings = {"method": method, "scaling_coefficient": scaling_coefficient, "seed": seed}
-    merger = _merger(models, stored, chosen, trim, options=options, **settings)
+    merger = _merger(models, stored, chosen, trim, router, options=options, **settings)
     with CheckpointWriter(output_dir, max_shard_size, overwrite=overwrite) as writer:
         records = _write_weights(writer, merger, opened, ids, stored)
         weights = writer.digests()
@@ -105,10 +105,16 @@ def compose(
 
 
 def _merger(
-    models: Opened, dtype: torch.dtype | None, device: torch.device, trim: str, **settings: Any
+    models: Opened,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    trim: str,
+    router: str,
+    **settings: Any,
 ) -> ParameterMerger:
-    """Of the language models: what does not merge is averaged."""
+    """Of the language models: what does not merge is averaged, but for a router that is kept."""
     base, thresholds = models.base, None
+    kept = routers(base) if router == "base" else set()
     if trim == "model":
         task_vectors = TaskVectors(base, models.experts, models.names, device)
         chosen = (settings["method"], settings["options"], settings["seed"])
@@ -116,7 +122,7 @@ def _merger(
     return ParameterMerger(
         base,
         models.experts,
-        {name: name for name in base},
+        {name: name for name in base if name not in kept},
         {name: dtype or base.dtype(name) for name in base},
         device=device,
         thresholds=thresholds,

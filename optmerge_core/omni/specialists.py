@@ -227,6 +227,7 @@ def open_language_models(
     *,
     family: str | None = None,
     scope: str = "linear",
+    router: str = "merge",
 ) -> tuple[Opened, dict[str, Specialist]]:
     """The language models, as a base and its experts, and the specialists, both by modality.
 
@@ -239,7 +240,7 @@ def open_language_models(
     for modality, specialist in opened.items():
         check_language_model(modality, specialist, base)
     model_type = family or base.config().get("model_type")
-    names = mergeable(base.shapes(), model_type, scope)
+    names = mergeable(base.shapes(), model_type, scope, router)
     experts = {modality: BaseRows(s.language_model, base) for modality, s in opened.items()}
     return Opened(base, experts, names, {}, model_type), opened
 

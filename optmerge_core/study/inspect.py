@@ -14,13 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from optmerge_core.checkpoints.names import is_embeddings, is_head
-from optmerge_core.merging.families import (
-    FUSED_EXPERTS,
-    NOT_LANGUAGE,
-    follows_rule,
-    mergeable,
-)
+from optmerge_core.checkpoints.names import is_embeddings, is_head, is_stack, routers
+from optmerge_core.merging.families import NOT_LANGUAGE, follows_rule, mergeable
 from optmerge_core.study.open import Study
 
 _OUTSIDE = re.compile(rf"(?:[^.]+\.)*?[^.]*(?:{NOT_LANGUAGE.pattern})[^.]*\.", re.IGNORECASE)
@@ -35,7 +30,8 @@ def show(study: Study, console: Console) -> None:
         f"{len(study.base) - len(study.names)} {kept}"
     )
     with warnings.catch_warnings(action="ignore"):  # opening the study has said it
-        kinds = summary(study.base.shapes(), study.model_type, study.recipe.scope)
+        chosen = (study.model_type, study.recipe.scope, study.recipe.router)
+        kinds = summary(study.base.shapes(), *chosen)
     answers = ["yes" if row.merges else f"no: {row.why}" for row in kinds.itertuples(index=False)]
     columns = ["parameters", "count", "shapes", "merges"]
     _print_table(console, "parameters", kinds.assign(merges=answers)[columns])
@@ -62,7 +58,10 @@ def show(study: Study, console: Console) -> None:
 
 
 def summary(
-    names_and_shapes: Mapping[str, tuple[int, ...]], model_type: str | None, scope: str = "linear"
+    names_and_shapes: Mapping[str, tuple[int, ...]],
+    model_type: str | None,
+    scope: str = "linear",
+    router: str = "merge",
 ) -> pd.DataFrame:
     """What a merge does with each kind of parameter: one row a kind, in the checkpoint's order.
 
@@ -71,13 +70,16 @@ def summary(
     two most frequent), entries (of all together), merges (True or False), why. Raises `ValueError`
     as `mergeable` does.
     """
-    merging = set(mergeable(names_and_shapes, model_type, scope))
+    merging = set(mergeable(names_and_shapes, model_type, scope, router))
+    kept = routers(names_and_shapes) if router == "base" else set()
     fronts = {_front(name) for name in names_and_shapes if follows_rule(name, model_type)}
     rows = []
     for name, shape in names_and_shapes.items():
         part, why = _part(name, shape, _front(name) in fronts)
         if name in merging and scope == "all":
             why = f"scope all: {why}"
+        elif name in kept:
+            why = "router: base"
         rows.append((part, name in merging, why, shape, math.prod(shape)))
     table = pd.DataFrame(rows, columns=["parameters", "merges", "why", "shapes", "entries"])
     groups = table.groupby(["parameters", "merges", "why"], sort=False)
@@ -105,8 +107,8 @@ def _part(name: str, shape: tuple[int, ...], in_language_layers: bool) -> tuple[
             return f"{outside[0]}*", "outside the language model"
     elif len(shape) == 2 and name.endswith(".weight"):
         return kind, "linear layer of the language model"
-    elif FUSED_EXPERTS.search(name):
-        return kind, "experts fused in one tensor"
+    elif is_stack(name, shape):
+        return kind, "linear layers of a mixture's experts"
     if len(shape) == 1:
         return kind, "bias" if name.endswith("bias") else "norm" if "norm" in name else "vector"
     return kind, "not a linear layer of the language model"

@@ -68,7 +68,7 @@ def open_study(
     specialists that are to be streamed.
     """
     models = (base_model or recipe.base_model, recipe.experts if experts is None else experts)
-    chosen = {"family": recipe.family, "scope": scope or recipe.scope}
+    chosen = {"family": recipe.family, "scope": scope or recipe.scope, "router": recipe.router}
     check_stream(recipe, stream)
     if recipe.merges == "capabilities":
         return Study(**vars(open_models(*models, stream=stream, **chosen)), recipe=recipe)
@@ -94,6 +94,7 @@ def settings(recipe: Recipe, method: str | None = None) -> dict[str, Any]:
         "dtype": recipe.dtype,
         "family": recipe.family,
         "scope": recipe.scope,
+        "router": recipe.router,
     }
 
 

@@ -162,9 +162,8 @@ class Recipe(_Strict):
     scaling_coefficients: Annotated[list[float], Field(min_length=1)] = [0.1, 0.3, 0.5, 0.7, 1, 1.5]
     seed: int = 0
     trim: Literal["tensor", "model"] = "tensor"
-    scope: Literal["linear", "all"] = (
-        "linear"  # the language model's linear layers, or all there is
-    )
+    scope: Literal["linear", "all"] = "linear"  # the language model's linear layers, or all
+    router: Literal["merge", "base"] = "merge"  # a mixture's: by the same method, or the base's
     trust_remote_code: bool = False  # run the Python files in a checkpoint to load its model
     evaluation: Evaluation = Evaluation()
     method_options: dict[str, dict[str, Any]] = {}

@@ -7,7 +7,7 @@ from published import HUB
 from optmerge_core.study.inspect import _print_table, summary
 
 LINEAR = "linear layer of the language model"
-FUSED = "experts fused in one tensor"
+EXPERTS = "linear layers of a mixture's experts"
 
 
 def test_summary_has_a_row_for_each_kind():
@@ -16,6 +16,7 @@ def test_summary_has_a_row_for_each_kind():
         "model.embed_tokens.weight": (64, 8),
         "model.layers.0.mlp.up_proj.weight": (16, 8),
         "model.layers.0.mlp.experts.down_proj": (4, 8, 8),
+        "model.layers.0.mlp.gate.weight": (4, 8),
         "model.layers.0.self_attn.q_proj.bias": (8,),
         "model.layers.0.post_attention_layernorm.weight": (8,),
         "model.layers.10.mlp.up_proj.weight": (16, 8),
@@ -25,22 +26,22 @@ def test_summary_has_a_row_for_each_kind():
         "visual.blocks.1.attn.qkv.weight": (12, 4),
         "visual.patch_embed.proj.weight": (4, 3, 2, 2, 2),
     }
-    with pytest.warns(UserWarning, match="mixture of experts"):
-        table = summary(shapes, "qwen2_vl")
+    table = summary(shapes, "qwen2_vl", router="base")
     assert list(table.columns) == ["parameters", "count", "shapes", "entries", "merges", "why"]
     assert table.values.tolist() == [
         ["lm_head.weight", 1, "64 × 8", 512, False, "head"],
         ["model.embed_tokens.weight", 1, "64 × 8", 512, False, "embeddings"],
         ["model.layers.*.mlp.up_proj.weight", 2, "16 × 8", 256, True, LINEAR],
-        ["model.layers.*.mlp.experts.down_proj", 1, "4 × 8 × 8", 256, False, FUSED],
+        ["model.layers.*.mlp.experts.down_proj", 1, "4 × 8 × 8", 256, True, EXPERTS],
+        ["model.layers.*.mlp.gate.weight", 1, "4 × 8", 32, False, "router: base"],
         ["model.layers.*.self_attn.q_proj.bias", 1, "8", 8, False, "bias"],
         ["model.layers.*.post_attention_layernorm.weight", 1, "8", 8, False, "norm"],
         ["model.norm.weight", 1, "8", 8, False, "norm"],
         ["visual.*", 4, "12 × 4, 12, …", 204, False, "outside the language model"],
     ]
     table = summary(shapes | {"scale": ()}, "qwen2_vl", scope="all")
-    assert table["merges"].tolist() == [True] * 8 + [False]
-    assert table["why"][7] == "scope all: outside the language model"
+    assert table["merges"].tolist() == [True] * 9 + [False]
+    assert table["why"][8] == "scope all: outside the language model"
     assert table["count"].sum() == len(shapes) + 1
 
 

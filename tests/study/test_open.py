@@ -23,12 +23,14 @@ SAID = {
     "parameters": {"lambda": 0.5},
     "trim": "model",
     "scope": "all",
+    "router": "base",
     "family": "llava_onevision",
     "dtype": "float16",
     "seed": 7,
 }
 
-ON_DISK = {"scaling_coefficient": 0.5} | {key: SAID[key] for key in ("dtype", "family", "scope")}
+PLACE = ("dtype", "family", "scope", "router")
+ON_DISK = {"scaling_coefficient": 0.5} | {key: SAID[key] for key in PLACE}
 
 
 @pytest.fixture

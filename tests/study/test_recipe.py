@@ -204,11 +204,15 @@ def test_locations_with_a_revision_and_on_the_web(write):
             load_recipe(write(models=[wrong]))
 
 
-def test_scope_and_remote_code(write):
+def test_scope_router_and_remote_code(write):
     recipe = load_recipe(write())
     assert recipe.scope == "linear" and recipe.trust_remote_code is False
-    recipe = load_recipe(write(scope="all", trust_remote_code=True))
+    assert recipe.router == "merge"
+    recipe = load_recipe(write(scope="all", router="base", trust_remote_code=True))
     assert recipe.scope == "all" and recipe.trust_remote_code is True
+    assert recipe.router == "base"
+    with pytest.raises(RecipeError, match="router: .*'merge' or 'base'"):
+        load_recipe(write(router="mean"))
     with pytest.raises(RecipeError, match="scope: .*'linear' or 'all'"):
         load_recipe(write(scope="vision"))
 
