@@ -158,7 +158,7 @@ def test_experiments_merge_by_all_that_a_recipe_says(tiny, recipe, calls, monkey
     names = open_study(found).names
     monkeypatch.setattr(seeds, "search_scaling", refuse)
     with pytest.raises(Answered):
-        seeds.evaluate(found, tiny.experts, None, None)
+        seeds.evaluate(found, None, None)
     by_method = {call["method"]: call for call in calls if not call["method_options"]}
     assert by_method.keys() == METHODS.keys()
     for method, call in by_method.items():
