@@ -131,7 +131,7 @@ class ParameterMerger:
                 made = record_of(name, tensor, stack, merged, self.experts)
                 tensor = apply(tensor, merged, self.scaling_coefficient, dtype)
         tensor = check_in_range(name, tensor.to("cpu", dtype))
-        if self.hashed and number in (None, self.base.shape(name)[0] - 1):
+        if self.hashed and (number is None or number == self.base.shape(name)[0] - 1):
             self.base.hash_beside(name)
             if source is not None:
                 for expert in self.experts.values():

@@ -186,7 +186,7 @@ def adapter_of_a_deeper_base(study):
     write_adapter(study.root / "ocr", MODULE.replace("layers.0", "layers.7"))
 
 
-def adapter_that_is_more_than_lora(study):
+def adapter_without_its_magnitudes(study):
     shutil.rmtree(study.root / "ocr")
     write_adapter(study.root / "ocr", use_dora=True)
 
@@ -281,7 +281,7 @@ DAMAGES = {
     base_of_another_architecture: r"expert chart has shape \(48, 32\).*, the base shape \(4, 4\)",
     adapter_of_another_base: r"has shape \(48, 64\).* another base model\?",
     adapter_of_a_deeper_base: r"layers.7.mlp.up_proj stands for none .*another base model's",
-    adapter_that_is_more_than_lora: r"adapter uses use_dora; merge it into its base model",
+    adapter_without_its_magnitudes: r"no numbers of magnitude .*; save the adapter again",
     pickle_that_runs_code: r"pytorch_model.bin: this pickle asks for \w+.mkdir.* was not run",
     no_weights: r"ocr: no safetensors weights.* give the folder that has them",
     config_that_is_no_json: r"base.config.json: not valid JSON .* download it again",
