@@ -103,8 +103,10 @@ class Factors(Mapping[str, tuple[Tensor, Tensor]]):
 
     def others(self) -> list[str]:
         """What is not a pair of factors of a linear layer, in words: each kind with an example."""
-        items, whole = self.modules.items(), [*self.whole, *self.tokens]
-        single = [n for n, x in items if self.settings.parameters_of(x.path)]
+        items, of = self.modules.items(), self.settings.parameters_of
+        whole = [*self.whole, *self.tokens]
+        paths = {n: x.path.rpartition(".") for n, x in items}  # of a parameter once a base is known
+        single = [n for n, x in items if of(x.path) or paths[n][2] in of(paths[n][0])]
         kinds = {
             "DoRA's lengths": [n for n, x in items if "magnitude" in x.keys],
             "a bias of factors (lora_bias)": [n for n, x in items if "bias" in x.keys],
