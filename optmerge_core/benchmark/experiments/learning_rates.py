@@ -5,14 +5,13 @@ of mixture training once for each rate (twenty minutes for smol, two cores) and 
 OUT/learning_rates.csv: a row per rate and model, accuracy on the tasks that it was trained on.
 """
 
-import shutil
 from pathlib import Path
 
 import pandas as pd
 from tqdm.auto import tqdm
 
 from optmerge_core.benchmark.evaluator import evaluator_for
-from optmerge_core.benchmark.training.build import build
+from optmerge_core.benchmark.experiments.seeds import trainer
 from optmerge_core.checkpoints.open import open_expert
 from optmerge_core.evaluation.metrics import accuracy
 from optmerge_core.evaluation.questions import load_split, own_tasks, tasks_of
@@ -24,17 +23,14 @@ RATES = (2e-4, 5e-4, 1e-3)
 
 def main(recipe, output, rates=RATES):
     study = load_recipe(recipe)
-    opened, size, base = open_study(study), study.evaluation, Path(study.base_model).resolve()
+    opened, size = open_study(study), study.evaluation
     tasks = own_tasks(study) | dict.fromkeys(size.references, tasks_of(size.data))
     questions = load_split(size.data, "validation", size.validation_samples)
     evaluator, rows = evaluator_for(study.base_model, questions), []
     for rate in rates:
-        folder = Path(output, f"{rate:g}")
-        shutil.copytree(base, folder / "base", dirs_exist_ok=True)
+        anew = trainer(study, Path(output, f"{rate:g}"), learning_rate=rate)
         for name, place in tqdm((study.experts | size.references).items(), desc=f"{rate:g}"):
-            only = "/".join(Path(place).parts[-2:])
-            build(folder, base.parent.name, only=only, learning_rate=rate)
-            model = open_expert(folder / only, opened.base)
+            model = open_expert(anew(place), opened.base)
             scores = accuracy(evaluator.answer(model, opened.names))
             rows.append((rate, name, scores[tasks[name]].mean()))
             table = pd.DataFrame(rows, columns=["learning_rate", "model", "accuracy"])

@@ -31,6 +31,20 @@ def trained(study, folder, seed, references=False):
     """
     if seed == SEEDS[0]:
         return study
+    anew = trainer(study, folder, seed=seed)
+    study = with_experts(study, {name: anew(place) for name, place in study.experts.items()})
+    if not references:
+        return study
+    others = {name: anew(place) for name, place in study.evaluation.references.items()}
+    evaluation = study.evaluation.model_copy(update={"references": others})
+    return study.model_copy(update={"evaluation": evaluation})
+
+
+def trainer(study, folder, **settings):
+    """A function from where a model of a shipped study is to where it is trained anew, in `folder`.
+
+    settings: as `build` takes them.
+    """
     base = Path(study.base_model).resolve()
     family = base.parent.name
     if family not in REGIMES:
@@ -39,15 +53,10 @@ def trained(study, folder, seed, references=False):
 
     def anew(location):
         name = "/".join(Path(location).parts[-2:])
-        build(folder, family, only=name, seed=seed)
+        build(folder, family, only=name, **settings)
         return str(Path(folder, name))
 
-    study = with_experts(study, {name: anew(place) for name, place in study.experts.items()})
-    if not references:
-        return study
-    others = {name: anew(place) for name, place in study.evaluation.references.items()}
-    evaluation = study.evaluation.model_copy(update={"references": others})
-    return study.model_copy(update={"evaluation": evaluation})
+    return anew
 
 
 def with_experts(study, experts):
