@@ -4,6 +4,8 @@ SmolLM2 itself, which takes seconds to load, only speaks; the rest is tried with
 """
 
 import hashlib
+import json
+from functools import partialmethod
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,9 +19,10 @@ from optmerge_core.benchmark.models import smol
 from optmerge_core.benchmark.models.internvl import TOKENS
 from optmerge_core.benchmark.tasks.english.drawing import CELLS
 from optmerge_core.benchmark.tasks.english.samples import sample
-from optmerge_core.benchmark.training import chat, tower
+from optmerge_core.benchmark.training import build, chat, tower
 from optmerge_core.benchmark.training.loop import Collate, save
 from optmerge_core.benchmark.training.smol import adapted, load_sight, save_sight, sight
+from optmerge_core.checkpoints.open import open_checkpoint, open_expert
 
 LAYERS = 2
 TEXTS = [
@@ -311,3 +314,29 @@ def test_a_model_that_has_not_changed_chats_as_before(chatty, processor):
     assert loss().item() > 0
     with_gradient = {n for n, p in chatty.named_parameters() if p.grad is not None}
     assert with_gradient and all(".lora_" in name for name in with_gradient)
+
+
+def test_tower_base_and_experts_are_trained_one_after_the_other(small, tmp_path, monkeypatch):
+    """A step or two of each by the command's own function, from nothing to an expert's adapter."""
+    monkeypatch.setattr(build, "SMOL", {
+        "tower": {"learning_rate": 1e-3, "steps": 2, "batch": 2, "seed": 0},
+        "base": {"learning_rate": 1e-2, "steps": 2, "batch": 2, "seed": 0, "rank": 2},
+    })  # fmt: skip
+    short = {"learning_rate": 1e-2, "steps": 2, "rank": 2, "batch": 2}
+    monkeypatch.setitem(build.REGIMES, "smol", {"lora": short})
+    monkeypatch.setattr(build.smol, "build_model", smol.build_model)
+    monkeypatch.setattr(tower.Words, "__init__", partialmethod(tower.Words.__init__, count=20))
+    for name in ("tower", "base", "lora/OCR"):
+        build.build(tmp_path, "smol", only=name)
+        log = json.loads((tmp_path / f"{name}.json").read_text())
+        assert log["samples"] == 4 and np.isfinite(log["loss"]).all()
+    towers = [load_file(tmp_path / place / "sight.safetensors") for place in ("tower", "")]
+    assert any(not torch.equal(t, towers[1][n]) for n, t in towers[0].items())  # it learns on
+    built = (tmp_path / "base" / "model.safetensors").read_bytes()
+    log = json.loads((tmp_path / "base.json").read_text())
+    assert log["sha256"] == hashlib.sha256(built).hexdigest() and log["build"] == smol.BUILD
+    base = open_checkpoint(tmp_path / "base")
+    expert = open_expert(tmp_path / "lora" / "OCR", base)
+    assert len(expert.changes) == 7 * LAYERS
+    assert all(expert.task_vector(name).any() for name in expert.changes)
+    assert smol.base_folder(tmp_path) == tmp_path / "base"
