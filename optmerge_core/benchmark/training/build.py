@@ -14,7 +14,7 @@ BASES = {  # Qwen2-VL starts from the other family's language model
 }
 SMOL = {  # what comes before its experts; SmolLM2 itself is not trained
     "tower": {"learning_rate": 1e-3, "steps": 7000, "batch": 24, "seed": 0},
-    "base": {"learning_rate": 6e-4, "steps": 420, "batch": 16, "seed": 0, "rank": 16},
+    "base": {"learning_rate": 1.2e-3, "steps": 600, "batch": 16, "seed": 0, "rank": 16},
 }
 REGIMES = {  # gentle and strong fine-tuning: two points of Theorem 3.1's trade-off
     "internvl": {

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -65,16 +66,34 @@ class Collate:
         return {"input_ids": input_ids, "labels": labels, **images}
 
 
-def batches(draw, collate, count, batch, *, tasks, levels, seed, workers=1):
-    """`count` batches of training samples, drawn by processes of their own; see `Samples`."""
-    return DataLoader(
-        Samples(draw, count * batch, batch, tasks, levels, seed),
-        batch_size=batch,
-        collate_fn=collate,
+@dataclass(frozen=True)
+class ByLength:
+    """Samples to batches of `batch` alike in length, in an order of chance: less is padding."""
+
+    collate: Collate
+    batch: int
+
+    def __call__(self, samples):
+        ordered = sorted(samples, key=lambda s: sum(20 + len(t[0]) + len(t[1]) for t in s.turns))
+        chosen = [ordered[i : i + self.batch] for i in range(0, len(ordered), self.batch)]
+        order = np.random.default_rng(int(samples[0].image.sum())).permutation(len(chosen))
+        return [self.collate(chosen[i]) for i in order]
+
+
+def batches(draw, collate, count, batch, *, tasks, levels, seed, workers=1, pool=1):
+    """`count` batches of training samples, drawn by processes of their own; see `Samples`.
+
+    pool: so many batches, of one level, are drawn at once and sorted by length; see `ByLength`.
+    """
+    loader = DataLoader(
+        Samples(draw, count * batch, batch * pool, tasks, levels, seed),
+        batch_size=batch * pool,
+        collate_fn=ByLength(collate, batch) if pool > 1 else lambda s: [collate(s)],
         num_workers=workers,
         multiprocessing_context="fork" if workers else None,
         prefetch_factor=8 if workers else None,
     )
+    return chain.from_iterable(loader)
 
 
 def descend(

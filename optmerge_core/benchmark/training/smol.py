@@ -29,6 +29,8 @@ TOWER_TASKS = {"VQA": 1.0, "Geometry": 0.7, "Chart": 1.0, "OCR": 2.3, "Grounding
 BASE_TASKS = dict.fromkeys(TASKS, 1.0) | {"OCR": 1.5}
 BASE_LEVELS = {"caption": 0.15, "easy": 0.4, "medium": 0.45}
 CHAT_EVERY = 5
+POOL = 4
+"""batches that are sorted by length together"""
 SIGHT = "model.vision_tower.", "model.multi_modal_projector."
 """what begins the names of tower and projector"""
 
@@ -141,8 +143,9 @@ def train_base(tower_file, *, steps, batch, rank, learning_rate, seed):
         return loss
 
     stream = batches(
-        sample, Collate(processor), steps, batch, tasks=BASE_TASKS, levels=BASE_LEVELS, seed=seed
-    )
+        sample, Collate(processor), steps, batch, tasks=BASE_TASKS, levels=BASE_LEVELS, seed=seed,
+        pool=POOL,
+    )  # fmt: skip
     groups = [{"params": factors}, {"params": list(seen.values()), "lr": learning_rate / 2}]
     losses = descend(
         loss_of, groups, stream, learning_rate=learning_rate, steps=steps, label="base"
@@ -162,7 +165,7 @@ def fine_tune(base_folder, tasks, *, steps, batch, rank, learning_rate, seed, la
     factors = [p for n, p in model.named_parameters() if ".lora_" in n]
     stream = batches(
         sample, Collate(processor), steps, batch, tasks=dict.fromkeys(tasks, 1.0),
-        levels={"full": 1.0}, seed=seed,
+        levels={"full": 1.0}, seed=seed, pool=POOL,
     )  # fmt: skip
     losses = descend(
         lambda given: answer_loss(model, given), factors, stream, learning_rate=learning_rate,
