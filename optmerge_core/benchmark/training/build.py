@@ -6,7 +6,7 @@ from pathlib import Path
 from optmerge_core.benchmark.models.smol import BUILD, base_folder, build_base
 from optmerge_core.benchmark.tasks.samples import TASKS
 from optmerge_core.benchmark.training import experts, smol
-from optmerge_core.benchmark.training.loop import save, write_log
+from optmerge_core.benchmark.training.loop import save, spent, write_log
 
 BASES = {  # Qwen2-VL starts from the other family's language model
     "internvl": {"learning_rate": 2e-3, "steps": 6000, "seed": 0},
@@ -14,7 +14,7 @@ BASES = {  # Qwen2-VL starts from the other family's language model
 }
 SMOL = {  # what comes before its experts; SmolLM2 itself is not trained
     "tower": {"learning_rate": 1e-3, "steps": 7000, "batch": 24, "seed": 0},
-    "base": {"learning_rate": 1.2e-3, "steps": 600, "batch": 16, "seed": 0, "rank": 16},
+    "base": {"learning_rate": 6e-4, "steps": 480, "batch": 16, "seed": 0, "rank": 16},
 }
 REGIMES = {  # gentle and strong fine-tuning: two points of Theorem 3.1's trade-off
     "internvl": {
@@ -64,7 +64,8 @@ def plan(family="internvl", seed=SEEDS[0]):
 def build(output, family="internvl", only=None, seed=SEEDS[0], width=1, learning_rate=None):
     """Train what is shipped of a family into `output`: the base, then `plan`'s models (or `only`).
 
-    learning_rate: another than the plan's. What is there is kept. Beside each folder lies a log of
+    learning_rate: another than the plan's. What is there is kept; of smol, what was interrupted
+    goes on from <name>.state.pt. Beside each folder lies a log of
     its settings, loss and seconds. On two cores about three quarters of an hour for a small
     family's base, a minute or two for an expert; at twice the width (four times the parameters)
     three times that. Of smol: tower and base an hour each, three minutes for an expert. Raises
@@ -85,14 +86,16 @@ def build(output, family="internvl", only=None, seed=SEEDS[0], width=1, learning
             raise ValueError(f"{family} has no model {name!r}; it has {', '.join(jobs)}")
         if (output / name).exists():
             continue
-        started, settings = time.perf_counter(), jobs[name]
+        state, settings = output / f"{name}.state.pt", jobs[name]
+        started = time.perf_counter() - spent(state)
         if learning_rate is not None:
             settings = settings | {"learning_rate": learning_rate}
         if family == "smol":
-            losses, told = _train_smol(output, name, settings)
+            losses, told = _train_smol(output, name, settings | {"state": state})
         else:
             losses, told = _train_small(output, name, settings, family)
         write_log(output / name, told | settings, losses, started)
+        state.unlink(missing_ok=True)
     return output
 
 
@@ -114,6 +117,7 @@ def _train_small(output, name, settings, family):
 
 def _train_smol(output, name, settings):
     """The same of the study smol, whose base is built of what was trained."""
+    settings["state"].parent.mkdir(parents=True, exist_ok=True)
     if name == "tower":
         model, losses = smol.train_tower(**settings)
         smol.save_sight(model, output / name / "sight.safetensors")

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,9 @@ import torch
 from peft import PeftModel
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
+
+KEPT = 50
+"""steps after which a descent that may be interrupted is kept"""
 
 
 class Samples(Dataset):
@@ -98,12 +101,13 @@ def batches(draw, collate, count, batch, *, tasks, levels, seed, workers=1, pool
 
 def descend(
     loss_of, parameters, stream, *, learning_rate, steps, weight_decay=0.0, warmup=0.05, decay=True,
-    label="", after_step=None,
+    label="", after_step=None, state=None,
 ):  # fmt: skip
     """AdamW with linear warm-up and cosine decay; returns the loss of every step.
 
     loss_of: batch -> loss; parameters: those to train, or groups {"params", "lr"}; without `decay`
-    the learning rate stays; after_step: called with the number of steps done.
+    the learning rate stays; after_step: called with the number of steps done. state: a file that
+    keeps every KEPT steps what is needed to go on; a descent that finds it does.
     """
     optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=weight_decay)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -113,7 +117,11 @@ def descend(
         return rise * (0.5 + 0.5 * math.cos(math.pi * step / steps)) if decay else rise
 
     scheduler, losses = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule), []
-    bar = tqdm(stream, total=steps, desc=label, mininterval=5)
+    begun = time.perf_counter() - spent(state)
+    if state and Path(state).exists():
+        losses += _restore(torch.load(state, weights_only=True), trained, optimizer, scheduler)
+    left = islice(stream, len(losses), None)
+    bar = tqdm(left, total=steps, initial=len(losses), desc=label, mininterval=5)
     for batch in bar:
         loss = loss_of(batch)
         optimizer.zero_grad(set_to_none=True)
@@ -125,7 +133,40 @@ def descend(
         bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}")
         if after_step:
             after_step(len(losses))
+        if state and len(losses) % KEPT == 0:
+            _keep(state, time.perf_counter() - begun, losses, trained, optimizer, scheduler)
     return losses
+
+
+def spent(state):
+    """Seconds that an interrupted descent has taken already; 0 where nothing is kept."""
+    there = state and Path(state).exists()
+    return torch.load(state, weights_only=True)["seconds"] if there else 0.0
+
+
+def _keep(path, seconds, losses, trained, optimizer, scheduler):
+    """A descent so far, written whole or not at all."""
+    partial = Path(f"{path}.partial")
+    torch.save(
+        {
+            "seconds": seconds,
+            "losses": losses,
+            "parameters": [parameter.detach() for parameter in trained],
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+        },
+        partial,
+    )
+    partial.replace(path)
+
+
+def _restore(kept, trained, optimizer, scheduler):
+    """Go on from what `_keep` kept; returns its losses."""
+    for parameter, value in zip(trained, kept["parameters"], strict=True):
+        parameter.data.copy_(value)
+    optimizer.load_state_dict(kept["optimizer"])
+    scheduler.load_state_dict(kept["scheduler"])
+    return kept["losses"]
 
 
 def save(model, processor, folder, base_folder=None):

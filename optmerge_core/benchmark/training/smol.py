@@ -28,6 +28,7 @@ TOWER_TASKS = {"VQA": 1.0, "Geometry": 0.7, "Chart": 1.0, "OCR": 2.3, "Grounding
 """letters are learnt last"""
 BASE_TASKS = dict.fromkeys(TASKS, 1.0) | {"OCR": 1.5}
 BASE_LEVELS = {"caption": 0.15, "easy": 0.4, "medium": 0.45}
+SIGHT_RATE = 0.25
 CHAT_EVERY = 5
 POOL = 4
 """batches that are sorted by length together"""
@@ -53,8 +54,11 @@ def sight(model):
     return {n: p for n, p in model.named_parameters() if n.startswith(SIGHT)}
 
 
-def train_tower(*, steps, batch, learning_rate, seed):
-    """A model whose tower and projector name what the cells of pictures show; its losses."""
+def train_tower(*, steps, batch, learning_rate, seed, state=None):
+    """A model whose tower and projector name what the cells of pictures show; its losses.
+
+    Here and below state: as `descend` takes it.
+    """
     processor = build_processor()
     model, words = build_model(processor.tokenizer, seed), tower.Words(processor.tokenizer)
     embeddings = model.get_input_embeddings().weight.detach()[words.ids]
@@ -74,8 +78,9 @@ def train_tower(*, steps, batch, learning_rate, seed):
         sample, Named(processor, words), steps, batch, tasks=TOWER_TASKS, levels=levels, seed=seed
     )
     losses = descend(
-        loss_of, trained.values(), stream, learning_rate=learning_rate, steps=steps, label="tower"
-    )
+        loss_of, trained.values(), stream, learning_rate=learning_rate, steps=steps, label="tower",
+        state=state,
+    )  # fmt: skip
     return model, losses
 
 
@@ -120,11 +125,11 @@ def answer_loss(model, batch):
     return cross_entropy(words.float(), targets[asked])
 
 
-def train_base(tower_file, *, steps, batch, rank, learning_rate, seed):
+def train_base(tower_file, *, steps, batch, rank, learning_rate, seed, state=None):
     """Adapter, tower and projector of a base that answers easy questions of all kinds, and chats.
 
-    A batch of conversations every CHAT_EVERY steps; tower and projector learn at half the rate.
-    Returns the PEFT model and its losses.
+    A batch of conversations every CHAT_EVERY steps; tower and projector, which have learnt what
+    they name, go on at SIGHT_RATE of the rate. Returns the PEFT model and its losses.
     """
     processor = build_processor()
     model = load_sight(build_model(processor.tokenizer, seed), tower_file)
@@ -134,26 +139,32 @@ def train_base(tower_file, *, steps, batch, rank, learning_rate, seed):
         parameter.requires_grad_(True)
     factors = [p for n, p in model.named_parameters() if ".lora_" in n]
     spoken = chat_batches(processor.tokenizer, shipped_conversations(), 8, seed)
-    generator, count = torch.Generator().manual_seed(seed), iter(range(10**9))
 
     def loss_of(given):
-        loss = answer_loss(model, given)
-        if next(count) % CHAT_EVERY == 0:
-            loss = loss + chat_loss(peft, *next(spoken), generator)
-        return loss
+        pictures, chat = given
+        loss = answer_loss(model, pictures)
+        return loss + chat_loss(peft, *chat) if chat else loss
 
-    stream = batches(
+    shown = batches(
         sample, Collate(processor), steps, batch, tasks=BASE_TASKS, levels=BASE_LEVELS, seed=seed,
         pool=POOL,
     )  # fmt: skip
-    groups = [{"params": factors}, {"params": list(seen.values()), "lr": learning_rate / 2}]
-    losses = descend(
-        loss_of, groups, stream, learning_rate=learning_rate, steps=steps, label="base"
+    chats = (
+        (*next(spoken), torch.Generator().manual_seed(step)) if step % CHAT_EVERY == 0 else None
+        for step in range(steps)
     )
+    groups = [
+        {"params": factors},
+        {"params": list(seen.values()), "lr": SIGHT_RATE * learning_rate},
+    ]
+    losses = descend(
+        loss_of, groups, zip(shown, chats, strict=True), learning_rate=learning_rate, steps=steps,
+        label="base", state=state,
+    )  # fmt: skip
     return peft, losses
 
 
-def fine_tune(base_folder, tasks, *, steps, batch, rank, learning_rate, seed, label=""):
+def fine_tune(base_folder, tasks, *, steps, batch, rank, learning_rate, seed, label="", state=None):
     """An expert of the tasks: a LoRA adapter of the base, from full questions.
 
     Returns the PEFT model, the processor and the losses.
@@ -169,6 +180,6 @@ def fine_tune(base_folder, tasks, *, steps, batch, rank, learning_rate, seed, la
     )  # fmt: skip
     losses = descend(
         lambda given: answer_loss(model, given), factors, stream, learning_rate=learning_rate,
-        steps=steps, label=label,
+        steps=steps, label=label, state=state,
     )  # fmt: skip
     return peft, processor, losses
