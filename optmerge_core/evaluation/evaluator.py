@@ -5,6 +5,7 @@ answer. The benchmark's own models have a faster way, `benchmark/evaluator.py`.
 """
 
 import copy
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -81,6 +82,9 @@ class Evaluator:
         self._metrics = [metric_of(sample) for sample in self.samples.to_dict("records")]
         images = data.cast_column("image", Image(decode=False))["image"]
         pixels = [image["bytes"] or Path(image["path"]).read_bytes() for image in images]
+        if "hash" not in self.samples:
+            hashes = [hashlib.blake2b(content, digest_size=8).hexdigest() for content in pixels]
+            self.samples["hash"] = hashes
         self._asked = [self.samples.to_json(), pixels, answers.side_content(self.base.folder)]
 
     def _batches(self):
@@ -154,7 +158,7 @@ class Evaluator:
 
         weights: name on disk -> tensor, such as a state dict, an opened checkpoint or adapter, of
         which those in `names` are read one by one (default: all); or pairs of a name and a tensor.
-        Columns: task, kind, question, answer, hash (the embedded questions'), prediction, correct.
+        Columns: task, kind, question, answer, hash (of the picture), prediction, correct.
         """
         self.hold(weights, names)
         way = type(self).__name__, self.max_new_tokens, self.batch_size, self.device.type

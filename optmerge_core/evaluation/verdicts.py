@@ -22,15 +22,18 @@ FAILS, UNDECIDED, UNTESTABLE, HOLDS = (
 def bootstrap(answers, resamples=1000, seed=0):
     """Resampled accuracies (resamples, tasks + 1), in per cent; the last column is the average.
 
-    Samples are drawn anew within each task. The same seed draws the same samples for every model,
-    so differences between two models' results are paired.
+    Pictures are drawn anew within each task, with all questions about them (column hash; without
+    it questions). The same seed draws the same for every model, so differences between two models'
+    results are paired.
     """
     rng = np.random.default_rng(seed)
     columns = []
-    for task in answers["task"].unique():
-        correct = answers.loc[answers["task"] == task, "correct"].to_numpy(float)
-        draws = rng.integers(len(correct), size=(resamples, len(correct)))
-        columns.append(100 * correct[draws].mean(1))
+    for _, rows in answers.groupby("task", sort=False):
+        pictures = rows["hash"] if "hash" in rows else rows.index
+        correct = rows["correct"].astype(float).groupby(pictures, sort=False)
+        right, asked = correct.sum().to_numpy(), correct.size().to_numpy()
+        draws = rng.integers(len(right), size=(resamples, len(right)))
+        columns.append(100 * right[draws].sum(1) / asked[draws].sum(1))
     return np.column_stack([*columns, np.mean(columns, axis=0)])
 
 

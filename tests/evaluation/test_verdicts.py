@@ -97,6 +97,17 @@ def test_bootstrap_is_centred_paired_and_as_wide_as_theory():
     assert np.allclose(samples[:, -1], samples[:, :5].mean(1))
 
 
+def test_questions_about_one_picture_are_drawn_together():
+    single = answers([0.3, 0.8], count=60)
+    single["hash"] = [f"{n:x}" for n in range(len(single))]
+    twice = pd.concat([single, single], ignore_index=True)
+    assert np.array_equal(bootstrap(single), bootstrap(single.drop(columns="hash")))
+    assert np.array_equal(bootstrap(twice), bootstrap(single))
+    assert bootstrap(twice.drop(columns="hash"))[:, -1].std() < 0.8 * bootstrap(twice)[:, -1].std()
+    uneven = pd.DataFrame({"task": "VQA", "correct": [1, 1, 1, 0], "hash": list("aaab")})
+    assert set(bootstrap(uneven)[:, 0]) == {0, 75, 100}  # b twice, both, a twice
+
+
 def test_scores_compare_models_over_questions_and_seeds():
     seeds = pd.DataFrame(
         {"VQA": [80.0, 50, 60, 70, 50, 60], "Geometry": [50.0, 50, 90, 60, 50, 90]},
