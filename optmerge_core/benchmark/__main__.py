@@ -26,6 +26,7 @@ COMMANDS = {
 }
 """Command, and the study if one is named -> file and function, imported when they are asked for."""
 FAMILIES, MODALITIES = ("internvl", "qwen2_vl", "smol"), ("vision", "audio", "video")
+REGIMES = ("gentle", "stressed", "lora", "long")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
         if name == "seeds":
             text = "train the models of mixture training anew as well"
             sub.add_argument("--references", action="store_true", default=None, help=text)
+            sub.add_argument("--regime", choices=REGIMES, help="of the experts, if not RECIPE's")
     sub = add("subsets", "merge every pair and triple of experts: OUTPUT/subsets.csv")
     sub.add_argument("recipes", metavar="RECIPE", nargs="+")
     sub.add_argument("--output", required=True)

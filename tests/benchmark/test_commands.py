@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from optmerge_core.benchmark import __main__ as commands
 from optmerge_core.benchmark.__main__ import COMMANDS, FAMILIES, MODALITIES, main, parser
 from optmerge_core.benchmark.models import omni
 from optmerge_core.benchmark.training.build import REGIMES
@@ -18,7 +19,7 @@ GIVEN = {
     "omni-train": "out --seeds 1 2 --modalities vision audio",
     "smol-base": "--place folder",
     "smol-texts": "folder",
-    "seeds": f"{RECIPE} out --seeds 1 2 --references",
+    "seeds": f"{RECIPE} out --seeds 1 2 --references --regime long",
     "omni-seeds": f"{RECIPE} out --seeds 1 2",
     "subsets": f"{RECIPE} {RECIPE} --output out",
     "ranks": f"{RECIPE} out",
@@ -64,3 +65,4 @@ def test_what_there_is_not(words, capsys):
 
 def test_what_may_be_chosen_is_what_can_be_trained():
     assert FAMILIES == tuple(REGIMES) and MODALITIES == omni.MODALITIES
+    assert set(commands.REGIMES) == {name for regimes in REGIMES.values() for name in regimes}

@@ -44,5 +44,6 @@ def main(recipe, output):
     validation, test = evaluators(study)
     for name, settings in tqdm(SETTINGS.items(), desc="ranks"):
         experts = expert_folders(study, Path(output, name.replace(" ", "")), settings)
-        tables[name] = scores(evaluate(with_experts(study, experts), validation, test))
+        answers, _ = evaluate(with_experts(study, experts), validation, test)
+        tables[name] = scores(answers)
     write(tables, "rank", Path(output, "ranks.csv"))

@@ -3,7 +3,9 @@
 `python -m optmerge_core.benchmark seeds RECIPE OUT` trains the recipe's experts anew for every seed
 but the shipped one (about ten minutes each on two cores; smol's twenty), merges and evaluates them
 as notebook 05 does, and writes OUT/seeds.csv: one row per seed and model, accuracy per task on test
-data. OUT/answers.parquet has the answers themselves. A seed that is done is not done again.
+data. OUT/answers.parquet has the answers themselves, OUT/search.csv what the search for scaling
+coefficients found on validation data. A seed that is done is not done again. With `--regime` the
+experts are those of another of the family's regimes.
 """
 
 import shutil
@@ -24,14 +26,15 @@ from optmerge_core.study.open import open_study
 from optmerge_core.study.recipe import load_recipe
 
 
-def trained(study, folder, seed, references=False):
+def trained(study, folder, seed, references=False, regime=None):
     """The study with the experts of a seed, trained into `folder` unless they are the shipped ones.
 
-    references: whether its models of mixture training are trained anew as well.
+    references: whether its models of mixture training are trained anew as well; regime: another
+    than the study's, a key of REGIMES.
     """
-    if seed == SEEDS[0]:
+    if seed == SEEDS[0] and regime is None:
         return study
-    anew = trainer(study, folder, seed=seed)
+    anew = trainer(study, folder, regime, seed=seed)
     study = with_experts(study, {name: anew(place) for name, place in study.experts.items()})
     if not references:
         return study
@@ -40,10 +43,10 @@ def trained(study, folder, seed, references=False):
     return study.model_copy(update={"evaluation": evaluation})
 
 
-def trainer(study, folder, **settings):
+def trainer(study, folder, regime=None, **settings):
     """A function from where a model of a shipped study is to where it is trained anew, in `folder`.
 
-    settings: as `build` takes them.
+    regime: another than its own; settings: as `build` takes them.
     """
     base = Path(study.base_model).resolve()
     family = base.parent.name
@@ -52,7 +55,8 @@ def trainer(study, folder, **settings):
     shutil.copytree(base, Path(folder, "base"), dirs_exist_ok=True)
 
     def anew(location):
-        name = "/".join(Path(location).parts[-2:])
+        own, model = Path(location).parts[-2:]
+        name = f"{regime or own}/{model}"
         build(folder, family, only=name, **settings)
         return str(Path(folder, name))
 
@@ -79,7 +83,8 @@ def evaluate(study, validation, test):
     """Test answers of the experts, every method and variant, scaled by validation data, by model.
 
     The variants are Table 4's steps and those of `variants.beyond`. The recipe's references
-    (mixture training) and the base model stand beside them.
+    (mixture training) and the base model stand beside them. Returns the answers by model, and the
+    table of `search_scaling`.
     """
     opened = open_study(study)
     base, names = opened.base, opened.names
@@ -93,14 +98,15 @@ def evaluate(study, validation, test):
     def score(method, scaling):
         return accuracy(validation.answer_merged(base, merged[method], scaling))["Avg"]
 
-    scaling = best_scaling(search_scaling(score, variants, study.scaling_coefficients))
+    search = search_scaling(score, variants, study.scaling_coefficients)
+    scaling = best_scaling(search)
     others = {n: open_expert(folder, base) for n, folder in study.evaluation.references.items()}
     answers = {"base_model": test.answer()}
     for name, model in (opened.experts | others).items():
         answers[name] = test.answer({n: model[n] for n in names})
     for method in variants:
         answers[method] = test.answer_merged(base, merged[method], scaling[method])
-    return answers
+    return answers, search
 
 
 def scores(answers):
@@ -115,20 +121,22 @@ def write(tables, level, path):
     pd.concat(tables, names=[level]).round(4).to_csv(path)
 
 
-def main(recipe, output, seeds=SEEDS, references=False):
-    study, tables = load_recipe(recipe), {}
+def main(recipe, output, seeds=SEEDS, references=False, regime=None):
+    study, answers, searches = load_recipe(recipe), {}, {}
     validation, test = evaluators(study)
     for seed in tqdm(seeds, desc="seeds"):
         folder = Path(output, f"seed{seed}")
-        done = folder / "answers.parquet"
+        done, tried = folder / "answers.parquet", folder / "search.csv"
         if not done.exists():
-            answers = evaluate(trained(study, folder, seed, references), validation, test)
+            models = trained(study, folder, seed, references, regime)
+            found, search = evaluate(models, validation, test)
             columns = ["task", "prediction", "correct"]
             folder.mkdir(parents=True, exist_ok=True)
-            pd.concat({m: a[columns] for m, a in answers.items()}, names=["model"]).to_parquet(done)
-        tables[seed] = pd.read_parquet(done)
-    by_model = {seed: dict(list(t.groupby("model", sort=False))) for seed, t in tables.items()}
-    write(
-        {s: scores(answers) for s, answers in by_model.items()}, "seed", Path(output, "seeds.csv")
-    )
-    pd.concat(tables, names=["seed"]).to_parquet(Path(output, "answers.parquet"))
+            search.to_csv(tried, index=False)
+            pd.concat({m: a[columns] for m, a in found.items()}, names=["model"]).to_parquet(done)
+        answers[seed], searches[seed] = pd.read_parquet(done), pd.read_csv(tried)
+    by_model = {seed: dict(list(t.groupby("model", sort=False))) for seed, t in answers.items()}
+    write({s: scores(found) for s, found in by_model.items()}, "seed", Path(output, "seeds.csv"))
+    by_method = {seed: table.set_index("method") for seed, table in searches.items()}
+    write(by_method, "seed", Path(output, "search.csv"))
+    pd.concat(answers, names=["seed"]).to_parquet(Path(output, "answers.parquet"))
