@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from optmerge_core.checkpoints.formats import read_json
+from optmerge_core.evaluation import toolkits
 from optmerge_core.figures import markdown, paper_table
 from optmerge_core.places import checkout
 
@@ -96,7 +97,8 @@ BENCHMARKS = {
         "infovqa_val", "anls", "InfoVQA_VAL", "ImageVQADataset", note="split"
     ),
 }  # fmt: skip
-"""Column of the paper's tables -> where the toolkits have it, as their sources name it.
+"""Column of the paper's tables -> where the toolkits have it, as their sources name it (lmms-eval
+0.7.3 as packaged has all of these tasks).
 
 Table 5's MUSIC-AVQA and AVQA are in neither; the authors run ModelCompose's own scripts.
 """
@@ -116,11 +118,19 @@ WRAPPERS: dict[str, tuple[str, dict[str, Any], str | None, dict[str, Any]]] = {
 
 _TEXT = """# {name} on the benchmarks of the paper's Table {table}
 
-Each toolkit runs in its own environment, in this folder. The paper's numbers were taken in float16
-with eager attention; the toolkits' model classes choose dtype and attention for themselves.
+Each toolkit runs in its own environment, in this folder.
 
 {tasks}
 {notes}
+## How they ask
+
+The toolkits ask the same model in different ways, and scores of one do not belong beside the
+other's. The paper's numbers were taken in float16 with eager attention.
+
+{settings}
+What each adds to a question:
+
+{prompts}
 ## lmms-eval
 
 {lmms_eval}
@@ -181,6 +191,10 @@ def hand_off(model: str | Path, table: str = "2") -> dict[str, str]:
         table=table,
         tasks=markdown(tasks(table)),
         notes="".join(f"- {key}: {NOTES[key]}.\n" for key in _notes(chosen)),
+        settings=markdown(
+            toolkits.settings(model_type, {"lmms-eval": lmms_arguments, "VLMEvalKit": settings})
+        ),
+        prompts=markdown(toolkits.prompts(list(chosen), model_class)),
         lmms_eval=_block("bash", lmms_eval),
         vlmevalkit=vlmevalkit,
     )

@@ -33,8 +33,9 @@ def read_results(paths: str | Path | Iterable[str | Path]) -> pd.DataFrame:
 
     `paths`: files, or folders searched with all their subfolders. Columns: model, benchmark (the
     paper's column), value (per cent; NaN where the file has an empty or another text in its place),
-    metric, differs (empty where it is what the paper measures, else how it is not), file. Other
-    benchmarks' files in a folder are left out with a warning.
+    metric, differs (empty where it is what the paper measures, else how it is not), file, toolkit,
+    questions (how many were asked; NaN where the file does not say). Other benchmarks' files in a
+    folder are left out with a warning; another says where the toolkits' scores of a model differ.
     Raises `ValueError`, naming the file, for one that cannot be read, for a value out of range, for
     two values of the same thing, and if nothing is found.
     """
@@ -56,20 +57,49 @@ def read_results(paths: str | Path | Iterable[str | Path]) -> pd.DataFrame:
             f"{', '.join(map(str, paths))}: no results of the paper's benchmarks; lmms-eval writes "
             "<date>_results.json, VLMEvalKit <model>_<dataset>_acc.csv and …_score.csv"
         )
-    table = pd.DataFrame(rows).drop_duplicates(["model", "benchmark", "value", "differs"])
+    table = pd.DataFrame(rows).drop_duplicates(
+        ["model", "benchmark", "value", "differs", "toolkit"]
+    )
     comparable = table[table["differs"] == ""]
-    for (model, benchmark), same in comparable.groupby(["model", "benchmark"]):
+    for (model, benchmark, _), same in comparable.groupby(["model", "benchmark", "toolkit"]):
         if len(same) > 1:
             places = ", ".join(f"{r.value:.2f} in {r.file}" for r in same.itertuples())
             raise ValueError(f"{benchmark} of {model} twice: {places}; give only one of them")
+    if apart := disagreements(comparable):
+        warnings.warn(
+            f"the toolkits differ by more than two standard errors: {'; '.join(apart)}; they ask "
+            "in different ways, so compare models within one of them",
+            stacklevel=2,
+        )
     return table.reset_index(drop=True)
+
+
+def disagreements(comparable: pd.DataFrame) -> list[str]:
+    """Where two toolkits' scores of a model differ by more than two standard errors, in words.
+
+    Of a difference of two shares of as many questions, sqrt(p(1 − p)/n) each; n is lmms-eval's,
+    which says it.
+    """
+    lines = []
+    for (model, benchmark), both in comparable.groupby(["model", "benchmark"], sort=False):
+        asked = both["questions"].max()
+        if len(both) < 2 or math.isnan(asked):
+            continue
+        shares = both["value"] / 100
+        error = 100 * math.sqrt((shares * (1 - shares)).sum() / asked)
+        if both["value"].max() - both["value"].min() > 2 * error:
+            scores = ", ".join(f"{row.value:.2f} by {row.toolkit}" for row in both.itertuples())
+            lines.append(f"{benchmark} of {model} {scores}")
+    return lines
 
 
 def beside_paper(results: pd.DataFrame, table: str = "2", row: str = "OptMerge") -> pd.DataFrame:
     """A table of the paper's form: its row, then each model's results and their difference to it.
 
-    `results` as from `read_results`; those that differ in what they measure are left out. Avg only
-    where no benchmark is missing. Raises `ValueError` for an unknown row or no result of the table.
+    `results` as from `read_results`; those that differ in what they measure are left out. Where
+    both toolkits asked a model the same, it has a row for each, and what one alone asked is in
+    both. Avg only where no benchmark is missing. Raises `ValueError` for an unknown row or no
+    result of the table.
     """
     wanted, theirs = columns(table), published(table)
     if row not in theirs.index:
@@ -79,7 +109,14 @@ def beside_paper(results: pd.DataFrame, table: str = "2", row: str = "OptMerge")
         raise ValueError(
             f"no comparable result among Table {table}'s benchmarks ({', '.join(wanted)})"
         )
-    here = usable.pivot(index="model", columns="benchmark", values="value").reindex(columns=wanted)
+    here = {}
+    for model, own in usable.groupby("model"):
+        twice = own["benchmark"].duplicated().any()
+        for toolkit in own["toolkit"].unique() if twice else [None]:
+            first = own.sort_values("toolkit", key=lambda names, t=toolkit: names != t)
+            values = first.drop_duplicates("benchmark").set_index("benchmark")["value"]
+            here[f"{model}, {toolkit}" if twice else model] = values.reindex(wanted)
+    here = pd.DataFrame.from_dict(here, orient="index")
     if "Avg" in theirs:
         here["Avg"] = here.mean(axis=1, skipna=False)
     paper = theirs.loc[row, here.columns]
@@ -169,7 +206,10 @@ def _read_lmms_eval(path: Path, content: dict[str, Any]) -> tuple[list[dict[str,
         differs = OTHER_MEASURE if metric in PERCENT_METRICS else ""
         differs = _limited(content, task) or differs
         scale = 1 if metric in PERCENT_METRICS else 100
-        rows.append(_row(path, model, benchmark, value, scale, key, differs))
+        row = _row(path, model, benchmark, value, scale, key, differs)
+        counts = _mapping(_mapping(content.get("n-samples")).get(task))
+        asked = _number(counts.get("effective"))
+        rows.append(row | {"toolkit": "lmms-eval", "questions": asked})
     return rows, unknown
 
 
@@ -207,7 +247,8 @@ def _read_vlmevalkit(path: Path, content: Any, model: str, dataset: str) -> list
         measure = f"{score}, mean of {len(scores)} parts" if len(scores) > 1 else score
         mean = sum(row["value"] for row in scores) / len(scores)
         missing = next((row["differs"] for row in scores if row["differs"]), "")
-        rows.append(scores[0] | {"value": mean, "metric": measure, "differs": missing})
+        own = {"value": mean, "metric": measure, "differs": missing}
+        rows.append(scores[0] | own | {"toolkit": "VLMEvalKit", "questions": math.nan})
     return rows
 
 

@@ -7,10 +7,12 @@ import subprocess
 import pytest
 
 from optmerge_core.__main__ import main
+from optmerge_core.evaluation import toolkits
 from optmerge_core.evaluation.public_benchmarks import (
     BENCHMARKS,
     NOTES,
     TABLES,
+    WRAPPERS,
     columns,
     hand_off,
     published,
@@ -88,6 +90,30 @@ def test_command_lines(tmp_path):
     assert all(note in text for key, note in NOTES.items() if key != "split")
     assert NOTES["split"] not in text and NOTES["split"] in hand_off(folder, "10")["benchmarks.md"]
     assert files["vlmevalkit.json"] in text and "--model qwen2_vl" in text
+
+
+def test_how_the_toolkits_ask_stands_beside_each_other(tmp_path):
+    text = hand_off(model(tmp_path / "merged", "qwen2_vl"), "3")["benchmarks.md"]
+    rows = {row.split(" | ")[0].strip("| "): row for row in text.splitlines() if "|" in row}
+    # the authors' limits win over lmms-eval's own maximum of 602112, its minimum stays
+    assert "3136 to 2359296 pixels | 200704 to 1003520 pixels" in rows["images"]
+    assert "transformers' default | FlashAttention 2" in rows["attention"]
+    asks = [line for line in text.split("What each adds")[1].splitlines() if "| GQA |" in line]
+    assert "single word or phrase. | Please try to answer the question with short" in asks[0]
+    assert "| OCRVQA | no task |" in text
+    internvl = hand_off(model(tmp_path / "remote", "internvl_chat"))["benchmarks.md"]
+    assert "| VizWiz | When the provided" in internvl and "| not looked up |" in internvl
+    alone = hand_off(model(tmp_path / "alone", "internvl"))["benchmarks.md"]
+    assert "| setting | lmms-eval |\n" in alone and "| benchmark | lmms-eval |\n" in alone
+
+
+def test_every_model_and_benchmark_has_its_way_of_asking():
+    assert toolkits.SETTINGS.keys() == WRAPPERS.keys()
+    for model_type, (_, _, model_class, _) in WRAPPERS.items():
+        assert ("VLMEvalKit" in toolkits.SETTINGS[model_type]) == (model_class is not None)
+    assert toolkits.LMMS_EVAL.keys() == {n for n, b in BENCHMARKS.items() if b.task}
+    asked = {name for asks in toolkits.VLMEVALKIT.values() for name in asks}
+    assert asked <= BENCHMARKS.keys()
 
 
 def test_a_model_that_one_toolkit_lacks(tmp_path):

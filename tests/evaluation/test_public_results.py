@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 
 import pandas as pd
 import pytest
@@ -234,6 +235,26 @@ def test_the_same_value_twice_is_one_and_two_values_are_an_error(tmp_path):
         read_results(tmp_path)
     text = str(caught.value)
     assert "GQA of merged twice: 60.00 in" in text and str(first) in text and str(second) in text
+
+
+@pytest.mark.parametrize(("theirs", "apart"), [(60.9, False), (58.0, True)])
+def test_two_toolkits_are_compared_and_told_apart(tmp_path, theirs, apart):
+    """Two standard errors of 61 against 58 to 61 % of 2500 questions are 2.8 points."""
+    counts = {"gqa": {"original": 2500, "effective": 2500}}
+    lmms_eval(tmp_path / "a", {"gqa": {"exact_match,none": 0.61}}, **{"n-samples": counts})
+    vlmevalkit(tmp_path / "b", "merged_GQA_TestDev_Balanced_acc.csv", ONE_ROW.format(theirs))
+    vlmevalkit(tmp_path / "b", "merged_OCRVQA_TESTCORE_acc.csv", ONE_ROW.format(50))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        results = read_results(tmp_path)
+    texts = [str(warning.message) for warning in caught]
+    assert len(texts) == apart
+    told = "GQA of merged 61.00 by lmms-eval, 58.00 by VLMEvalKit; they ask in different ways"
+    assert all(told in text for text in texts)
+    table = beside_paper(results, "2")
+    rows = ["merged, lmms-eval", "merged, VLMEvalKit"]
+    assert list(table.loc[rows, "GQA"]) == [61, theirs]
+    assert list(table.loc[rows, "OCRVQA"]) == [50, 50]  # which one alone has asked
 
 
 def test_other_benchmarks_in_a_folder_are_a_notice(everything):
