@@ -9,11 +9,13 @@ if TYPE_CHECKING:
     from optmerge_core.merging.merge_adapters import merge_adapters
     from optmerge_core.merging.plan import MergePlan, load_plan, plan_merge
     from optmerge_core.methods.registry import METHODS
+    from optmerge_core.study.extract import extract_adapter
     from optmerge_core.study.recipe import load_recipe
 
 _HOMES = {
     "METHODS": "methods.registry",
     "MergePlan": "merging.plan",
+    "extract_adapter": "study.extract",
     "join": "merging.merge",
     "load_plan": "merging.plan",
     "load_recipe": "study.recipe",
@@ -31,6 +33,7 @@ __all__ = [
     "METHODS",
     "MergePlan",
     "__version__",
+    "extract_adapter",
     "join",
     "load_plan",
     "load_recipe",

@@ -1,4 +1,4 @@
-"""optmerge, or python -m optmerge_core: merge | inspect | run RECIPE, benchmarks MODEL.
+"""optmerge, or python -m optmerge_core: merge | inspect | run RECIPE, extract, benchmarks MODEL.
 
 Each command imports what it needs once its recipe is read, so that help and refusals are quick.
 """
@@ -6,6 +6,7 @@ Each command imports what it needs once its recipe is read, so that help and ref
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import warnings
 from collections.abc import Sequence
@@ -136,6 +137,18 @@ def _validation_score(device: str, recipe: Recipe):
     return lambda *merged: accuracy(evaluator.answer_merged(*merged)).to_dict()
 
 
+def extract_command(options: argparse.Namespace) -> None:
+    from optmerge_core.study.extract import REPORT, extract_adapter
+
+    given = {"rank": options.rank, "family": options.family, "overwrite": options.overwrite}
+    folder = extract_adapter(options.base_model, options.expert, options.output, **given)
+    report = json.loads(Path(folder, REPORT).read_text(encoding="utf-8"))
+    print(
+        f"{folder}: an adapter of rank {options.rank} for {len(report['matrices'])} matrices, with "
+        f"{report['kept']:.1%} of their update's energy ({report['kept_of_all']:.1%} of all)"
+    )
+
+
 def benchmarks_command(options: argparse.Namespace) -> None:
     if (options.model is None) == (options.results is None):
         raise ValueError("give either a merged model's folder, or --results with result files")
@@ -204,6 +217,15 @@ def _parser() -> argparse.ArgumentParser:
         help="no notebooks, but one table of all combinations: method=ties,optmerge "
         "lambda=0.3,0.7,1 rank_ratio=0.1,0.2",
     )
+    text = "a full fine-tuning's update as a LoRA adapter, and how much of it that keeps"
+    sub = commands.add_parser("extract", help=text, description=text)
+    sub.set_defaults(command=extract_command)
+    for name in ("base_model", "expert"):
+        sub.add_argument(name, metavar=name.upper(), help="folder or hub id")
+    sub.add_argument("--rank", type=int, required=True, metavar="R")
+    sub.add_argument("--output", metavar="DIR", required=True, help="folder to write")
+    sub.add_argument("--family", help="which parameters merge, if config.json's type does not say")
+    sub.add_argument("--overwrite", action="store_true", help="replace an adapter at DIR")
     text = "how to run public benchmarks on a merged model, or their results beside the paper's"
     sub = commands.add_parser("benchmarks", help=text, description=text)
     sub.set_defaults(command=benchmarks_command)
