@@ -18,6 +18,7 @@ from optmerge_core.checkpoints.formats import (
     parse_hub_id,
 )
 from optmerge_core.checkpoints.names import other_names
+from optmerge_core.checkpoints.quantised import dequantised
 from optmerge_core.checkpoints.weights import IN_MEMORY, Renamed, Weights, as_weights
 
 
@@ -34,7 +35,7 @@ def open_expert(
         checkpoint = open_checkpoint(expert, adapter=True, stream=stream)
         if checkpoint.is_adapter:
             return Adapter(checkpoint, base)
-        opened: Weights = checkpoint
+        opened = dequantised(checkpoint)
     else:
         opened = as_weights(expert)
         opened = Renamed(opened, plain_names(IN_MEMORY, opened))

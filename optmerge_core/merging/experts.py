@@ -14,6 +14,7 @@ from optmerge_core.checkpoints.formats import CheckpointError, dtype_name
 from optmerge_core.checkpoints.layouts import as_laid_out, upright
 from optmerge_core.checkpoints.names import is_embeddings, is_head, is_stack
 from optmerge_core.checkpoints.open import open_checkpoint, open_expert
+from optmerge_core.checkpoints.quantised import dequantised
 from optmerge_core.checkpoints.weights import Weights, ties
 from optmerge_core.merging.checks import notice
 from optmerge_core.merging.families import mergeable, merges
@@ -52,7 +53,7 @@ def open_models(
 
     Raises `ValueError` (`CheckpointError` for files) for experts that are none of this base.
     """
-    base = upright(open_checkpoint(base_model, stream=stream))
+    base = upright(dequantised(open_checkpoint(base_model, stream=stream)))
     check_config(base, family is not None or scope == "all")
     opened = {
         name: as_laid_out(open_expert(expert, base, stream), base)

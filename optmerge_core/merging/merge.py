@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from optmerge_core.checkpoints.formats import CheckpointError
+from optmerge_core.checkpoints.formats import CheckpointError, read_json
 from optmerge_core.checkpoints.parts import part_file, read_part, remove_parts, write_part
 from optmerge_core.checkpoints.writer import CheckpointWriter, check_output
 from optmerge_core.merging.card import model_card
@@ -193,7 +193,8 @@ def _finish(
     config = untied(base.config()) if opened.untied else base.config()
     if plan.dtype is not None:
         config = with_dtype(config, plan.dtype)
-    if config != base.config():
+    stored = base.folder / "config.json"
+    if config != (read_json(stored) if stored.is_file() else {}):
         writer.write_text("config.json", json.dumps(config, indent=2) + "\n")
     inputs = [
         (plan.base_model, base),
