@@ -107,6 +107,7 @@ def adapted(model, rank, seed):
     modules = sorted(n.removesuffix(".weight") for n in mergeable(shapes, "internvl"))
     model.model.language_model.to(torch.bfloat16)
     model.set_attn_implementation("eager")
+    model.config.text_config.use_cache = False  # of keys and values, which nothing reads here
     torch.manual_seed(seed)  # the factors' start
     peft = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=modules))
     for layer in peft.modules():
