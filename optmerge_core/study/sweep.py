@@ -31,7 +31,8 @@ from optmerge_core.runtime import parse_device
 from optmerge_core.study import mergekit
 from optmerge_core.study.index_page import write_index
 from optmerge_core.study.open import open_study, settings_in_memory
-from optmerge_core.study.recipe import Recipe, load_recipe, numeric, parse
+from optmerge_core.study.parsing import numeric, parse
+from optmerge_core.study.recipe import Recipe, load_recipe
 from optmerge_core.task_vectors.stack import TaskVectors
 
 NAME = "tablexx_sweep"
