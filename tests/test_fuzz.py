@@ -19,7 +19,8 @@ from optmerge_core.checkpoints.open import open_checkpoint
 from optmerge_core.merging.families import FAMILIES, mergeable
 from optmerge_core.methods.registry import METHODS
 from optmerge_core.study.mergekit import NAMES
-from optmerge_core.study.recipe import MAX_NODES, Recipe, RecipeError, load_recipe
+from optmerge_core.study.parsing import MAX_NODES
+from optmerge_core.study.recipe import Recipe, RecipeError, load_recipe
 
 # Not derived from the test's name alone: the same examples on every machine and in every run.
 fuzz = settings(

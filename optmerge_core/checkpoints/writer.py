@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from fractions import Fraction
@@ -117,11 +117,16 @@ class CheckpointWriter:
             hashes = [written.result() for written in self._written]
         return dict(zip(file_names(len(hashes), self.single), hashes, strict=True))
 
-    def copy_side_files(self, base_folder: str | Path) -> None:
-        """Copy what is not weights: configs, tokenizer, processor, chat templates, remote code."""
+    def copy_side_files(
+        self, folder: str | Path, wanted: Callable[[str], object] = lambda name: True
+    ) -> None:
+        """Copy what is not weights: configs, tokenizer, processor, chat templates, remote code.
+
+        Of these what is `wanted`, by the file's name.
+        """
         with explained(self.output_dir):
-            for path in side_files(base_folder):
-                target = self.folder / path.relative_to(base_folder)
+            for path in filter(lambda path: wanted(path.name), side_files(folder)):
+                target = self.folder / path.relative_to(folder)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, target)
 

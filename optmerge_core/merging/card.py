@@ -7,7 +7,6 @@ Ours is what goes in: the norms of each layer, and the classes that open the fol
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from optmerge_core.checkpoints import HUB_ID, URL
 from optmerge_core.checkpoints.formats import parse_hub_id
 from optmerge_core.checkpoints.names import layer_index
 from optmerge_core.merging.report import MergeReport, Record
+from optmerge_core.merging.templates import processor_class
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 Row = tuple[str | int, int, str, str]
@@ -24,12 +24,16 @@ Row = tuple[str | int, int, str, str]
 
 
 def model_card(
-    report: MergeReport, config: dict[str, Any], base_folder: str | Path | None = None
+    report: MergeReport,
+    config: dict[str, Any],
+    base_folder: str | Path | None = None,
+    processor_folder: str | Path | None = None,
 ) -> str:
     """README.md of a merged model: recipe, inputs, changes by layer, how to load it.
 
-    `config` is the base model's config.json; what its folder holds besides decides between a
-    processor and a tokenizer, and a card in it gives the licence.
+    `config` is the base model's config.json, and a card in its folder gives the licence; what the
+    folder holds that the processor is from (default: the base's) decides between a processor and a
+    tokenizer.
     """
     folder = Path(base_folder) if base_folder is not None else None
     inputs = [report.base_model, *report.experts.values()]
@@ -42,7 +46,8 @@ def model_card(
         base_model_relation="merge" if hub_ids else None,
     )
     stream = any(URL.match(item["location"]) for item in inputs)
-    return _card(report, "expert", data, stream=stream, **_classes(config, folder))
+    processor = Path(processor_folder) if processor_folder is not None else folder
+    return _card(report, "expert", data, stream=stream, **_classes(config, processor))
 
 
 def adapter_card(report: MergeReport) -> str:
@@ -130,7 +135,7 @@ def _classes(config: dict[str, Any], folder: Path | None) -> dict[str, Any]:
     if remote:
         names = [name for name in remote if name.startswith("AutoModel")]
         model_class = "AutoModel" if "AutoModel" in names or not names else names[0]
-    processor = _processor_class(folder) if folder else None
+    processor = processor_class(folder) if folder else None
     by_name = folder is None and not model_class.endswith("ForCausalLM")
     return {
         "model_class": model_class,
@@ -147,13 +152,3 @@ def _in_transformers(name: str) -> bool:
     except ModuleNotFoundError:
         return True
     return hasattr(transformers, name)
-
-
-def _processor_class(folder: Path) -> str | None:
-    """The saved processor's class, "" where not told, None if there is an image processor alone."""
-    files = [folder / f"{kind}_config.json" for kind in ("processor", "preprocessor")]
-    for path in filter(Path.is_file, files):
-        found = re.search(r'"processor_class"\s*:\s*"(\w+)"', path.read_text(errors="replace"))
-        if found:
-            return found[1]
-    return "" if files[0].is_file() else None

@@ -86,14 +86,20 @@ def check_method(method: str, options: Mapping[str, Any], experts: int | None = 
         ) from error
 
 
-def check_folders(base: Weights, experts: Mapping[str, Weights], output_dir: Path) -> None:
+def check_folders(
+    base: Weights, experts: Mapping[str, Weights], output_dir: Path, processor: Path | None = None
+) -> None:
     """Warn of a folder given twice; raise `ValueError` if the output would change an input.
 
-    Also raised, as `CheckpointError`: what `side_files` finds wrong with the base's.
+    Also raised, as `CheckpointError`: what `side_files` finds wrong with the base's, or with those
+    of the folder that the processor is from.
     """
-    if base.folder is not None:
-        side_files(base.folder)
-    check_apart({"the base model": base.folder} | expert_folders(experts), output_dir)
+    folders = {"the base model": base.folder} | expert_folders(experts)
+    for folder in filter(None, {base.folder, processor}):
+        side_files(folder)
+    check_apart(folders, output_dir)
+    if processor not in folders.values():
+        check_apart({"the processor": processor}, output_dir)
 
 
 def expert_folders(experts: Mapping[str, Weights]) -> dict[str, Path | None]:

@@ -12,13 +12,14 @@ import torch
 from optmerge_core.checkpoints import HUB_ID
 from optmerge_core.checkpoints.formats import CheckpointError, dtype_name
 from optmerge_core.checkpoints.layouts import as_laid_out, upright
-from optmerge_core.checkpoints.names import is_embeddings, is_head, is_stack
+from optmerge_core.checkpoints.names import is_head, is_stack
 from optmerge_core.checkpoints.open import open_checkpoint, open_expert
 from optmerge_core.checkpoints.quantised import dequantised
 from optmerge_core.checkpoints.weights import Weights, ties
 from optmerge_core.merging.checks import notice
 from optmerge_core.merging.families import mergeable, merges
 from optmerge_core.merging.heads import with_heads
+from optmerge_core.merging.processor import Processor, choose, embedding_rows
 from optmerge_core.merging.prompting import differences
 from optmerge_core.runtime import FLOAT_DTYPES
 
@@ -36,6 +37,7 @@ class Opened:
     model_type: str | None
     untied: bool = False
     """whether the merged model has a head of its own, which the base's config.json denies"""
+    processor: Processor = Processor()
 
 
 def open_models(
@@ -46,10 +48,13 @@ def open_models(
     scope: str = "linear",
     router: str = "merge",
     stream: bool = False,
+    processor: str | Path | None = None,
+    chat_template: str | None = None,
 ) -> Opened:
     """Open a base model and its experts (name -> location, model or state dict).
 
-    Reads headers only, but for heads that are stored beside embeddings (scope "all").
+    Reads headers only, but for heads that are stored beside embeddings (scope "all"), and of side
+    files what the merged model is prompted by (`processor.choose`).
 
     Raises `ValueError` (`CheckpointError` for files) for experts that are none of this base.
     """
@@ -66,9 +71,10 @@ def open_models(
     names = mergeable(base.shapes(), model_type, scope, router)
     names = [name for name in names if name not in tied]
     names = check_experts(base, opened, names, model_type)
-    for text in differences(base, opened):
+    chosen = choose(base, opened, processor, chat_template)
+    for text in differences(base, opened, chosen.owner, chosen.folder, chosen.own_template):
         notice(text)
-    return Opened(base, opened, names, tied, model_type, untied)
+    return Opened(base, opened, names, tied, model_type, untied, chosen)
 
 
 def check_config(base: Weights, known: bool = False) -> None:
@@ -186,7 +192,7 @@ def _notices(
             f"expert {name} has other names for {len(renamed)} parameters, taken as the base's "
             f"({expert.own_name(renamed[0])} for {renamed[0]})"
         )
-    known, rows = _tokens(base), _tokens(expert)
+    known, rows = embedding_rows(base), embedding_rows(expert)
     if rows > known > 0:
         notices.append(
             f"expert {name} has {rows - known} embeddings more than the base, which the merged "
@@ -204,13 +210,6 @@ def _notices(
             f"base's are kept ({found.outside[0]})"
         )
     return notices
-
-
-def _tokens(weights: Weights) -> int:
-    """Rows of the embeddings; 0 where no parameter is named as such."""
-    shapes = weights.shapes().items()
-    rows = [shape[0] for name, shape in shapes if is_embeddings(name) and shape]
-    return rows[0] if len(rows) == 1 else 0
 
 
 def _dtype_notice(theirs: torch.dtype, ours: torch.dtype) -> str:

@@ -18,6 +18,7 @@ from optmerge_core.merging.card import model_card
 from optmerge_core.merging.checks import NothingChanges, check_unchanged
 from optmerge_core.merging.loop import Merged, ParameterMerger
 from optmerge_core.merging.plan import MergePlan, plan_merge
+from optmerge_core.merging.processor import write_side_files
 from optmerge_core.merging.report import MergeReport, Record, describe, untied, with_dtype
 from optmerge_core.runtime import Meter, in_order, parse_device
 
@@ -47,6 +48,8 @@ def merge(
     router: str = "merge",
     max_shard_size: int | str = "400MB",
     stream: bool = False,
+    processor: str | Path | None = None,
+    chat_template: str | None = None,
 ) -> MergeReport:
     """Merge fine-tuned experts of one base model into a complete Hugging Face folder.
 
@@ -65,6 +68,7 @@ def merge(
         method=method, method_options=method_options, scaling_coefficient=scaling_coefficient,
         device=device, dtype=dtype, trim=trim, seed=seed, overwrite=overwrite, family=family,
         scope=scope, router=router, max_shard_size=max_shard_size, stream=stream,
+        processor=processor, chat_template=chat_template,
     )  # fmt: skip
     records: list[Record] = []
     with plan.writer() as writer:
@@ -189,7 +193,7 @@ def _finish(
     unchanged = [x for x in opened.experts if not any(norms[x])]
     check_unchanged(unchanged, len(norms), len(opened.names))
     writer.flush()
-    writer.copy_side_files(base.folder)
+    write_side_files(writer, base.folder, opened.processor)
     config = untied(base.config()) if opened.untied else base.config()
     if plan.dtype is not None:
         config = with_dtype(config, plan.dtype)
@@ -207,10 +211,13 @@ def _finish(
         experts=dict(zip(opened.experts, described[1:], strict=True)),
         parameters=records,
         parameters_kept=len(base) - len(records),
+        processor=opened.processor.owner,
+        chat_template=opened.processor.template,
         weights=writer.digests(),
         **{name: getattr(plan, name) for name in SETTINGS},
         **cost(),
     )
     writer.write_text("merge_report.json", report.to_json())
-    writer.write_text("README.md", model_card(report, base.config(), base.folder))
+    card = model_card(report, base.config(), base.folder, opened.processor.folder)
+    writer.write_text("README.md", card)
     return report

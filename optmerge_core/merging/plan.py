@@ -37,6 +37,8 @@ from optmerge_core.runtime import parse_device, parse_dtype
 from optmerge_core.task_vectors.stack import TaskVectors
 
 FORMAT = 1
+PLACE = ("family", "scope", "router", "processor", "chat_template")
+"""What `open_models` takes of a plan."""
 MAX_PART_COST = 2e10
 """Of a part, in min²·max summed over its matrices, to which singular value decompositions are
 proportional; a larger matrix is a part by itself. A 7B model's largest layers have 2.4e11."""
@@ -81,6 +83,9 @@ class MergePlan:
     family: str | None
     scope: str
     router: str
+    processor: str | None
+    """as it was asked for; `Opened.processor` is what follows"""
+    chat_template: str | None
     model_type: str | None
     stream: bool
     overwrite: bool
@@ -116,7 +121,7 @@ class MergePlan:
         """The inputs, opened once a process. `CheckpointError` if they are no longer the plan's."""
         if not self._opened:
             experts = {name: _place(item) for name, item in self.experts.items()}
-            place = {x: getattr(self, x) for x in ("family", "scope", "router")}
+            place = {x: getattr(self, x) for x in PLACE}
             opened = open_models(_place(self.base_model), experts, **place, stream=self.stream)
             self._opened.append(opened)
         opened = self._opened[0]
@@ -185,6 +190,8 @@ def plan_merge(
     router: str = "merge",
     max_shard_size: int | str = "400MB",
     stream: bool = False,
+    processor: str | Path | None = None,
+    chat_template: str | None = None,
     max_part_size: int | str = "256MB",
 ) -> MergePlan:
     """Decide a merge from headers, and check all that they tell, before a tensor is read.
@@ -198,27 +205,27 @@ def plan_merge(
     have in the base's shape, not the language model's linear layers alone. A mixture's matrices are
     merged one by one, wherever they are stored; with `router="base"` its routers are the base's.
     With `trim="model"` the TIES methods trim over the whole model: all task vectors are then read
-    twice, here. With `stream`, inputs may stay on the hub or a web server (URLs). Parts end where
-    they would be larger than `max_part_size` (of merged tensors) or cost more than `MAX_PART_COST`.
+    twice, here. With `stream`, inputs may stay on the hub or a web server (URLs). What the output
+    is prompted by `processor` and `chat_template` say (see `processor.choose`). Parts end where
+    they would be larger than `max_part_size` (merged) or cost more than `MAX_PART_COST`.
 
     Raises `ValueError` (`CheckpointError` for files); nothing is written.
     """
     options, stored = dict(method_options or {}), parse_dtype(dtype)
     check_request(experts, method, options, scaling_coefficient, trim, seed, family)
     check_output(output_dir, overwrite=overwrite)
-    chosen = parse_device(device)
-    place: dict[str, Any] = {"family": family, "scope": scope, "router": router}
+    chosen, asked = parse_device(device), (family, scope, router, processor, chat_template)
+    place: dict[str, Any] = dict(zip(PLACE, asked, strict=True))
     opened = open_models(base_model, experts, **place, stream=stream)
-    check_folders(opened.base, opened.experts, Path(output_dir))
+    place["processor"] = processor and opened.processor.owner  # a folder's whole path
+    check_folders(opened.base, opened.experts, Path(output_dir), opened.processor.folder)
     layout = _layout(opened, stored, max_shard_size, max_part_size)
     expected = sum(part.bytes for part in layout["parts"])
     check_output(output_dir, overwrite=overwrite, expected_bytes=expected)
-    thresholds = None
-    if trim == "model":
-        thresholds = _thresholds(opened, method, options, seed, chosen)
+    found = _thresholds(opened, method, options, seed, chosen) if trim == "model" else None
     return MergePlan(
         output_dir=str(Path(output_dir).resolve()), method=method, method_options=options,
-        scaling_coefficient=scaling_coefficient, trim=trim, thresholds=thresholds, seed=seed,
+        scaling_coefficient=scaling_coefficient, trim=trim, thresholds=found, seed=seed,
         device=str(device), dtype=dtype_name(stored) if stored else None,
         model_type=opened.model_type, stream=stream, overwrite=overwrite,
         base_model=_described(base_model, opened.base),

@@ -1,18 +1,19 @@
 """What a model is prompted and generates by, where an expert's is not the base's.
 
-The merged model has the base's tokenizer, chat template and generation settings. An expert that was
-trained with others may do less well in it, which nothing else shows: each is worth a notice.
+The merged model has one tokenizer and chat template, the base's unless another's were chosen
+(`processor.py`), and the base's generation settings. An expert that was trained with others may do
+less well in it, which nothing else shows: each is worth a notice.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from optmerge_core.checkpoints.weights import Weights
+from optmerge_core.merging.templates import chat_template, json_of
 
 GENERATION = {
     **{"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None},
@@ -22,16 +23,23 @@ GENERATION = {
 """What decides an answer in generation_config.json, and transformers' default of each."""
 
 
-def differences(base: Weights, experts: Mapping[str, Weights]) -> list[str]:
-    """A sentence for each way in which experts (name -> weights) are prompted otherwise."""
+def differences(
+    base: Weights, experts: Mapping[str, Weights], owner: str, folder: Path | None, template: Any
+) -> list[str]:
+    """A sentence for each way in which experts (name -> weights) are prompted otherwise.
+
+    Than the merged model, by the processor of `owner` ("base", an expert or a folder) in `folder`
+    and `template`, which is its chat template.
+    """
     owners: dict[str, list[str]] = {}
     tokens = cache(_tokens)  # a large file, of the base the same each time
+    whose = "the base's" if owner == "base" else f"that of {owner}"
     for name, expert in experts.items():
-        if base.folder is None or expert.folder is None:
+        if base.folder is None or folder is None or expert.folder is None:
             continue
         for text in (
-            _tokens_differ(base.folder, expert.folder, tokens),
-            _templates_differ(base.folder, expert.folder),
+            _tokens_differ(folder, expert.folder, tokens, whose),
+            _templates_differ(template, expert.folder, whose),
             _generation_differs(base.folder, expert.folder),
         ):
             if text:
@@ -42,62 +50,67 @@ def differences(base: Weights, experts: Mapping[str, Weights]) -> list[str]:
     ]
 
 
-Tokens = tuple[set[str], set[str]]
-"""The vocabulary, as far as JSON tells it, and the tokens that were added to it."""
+Tokens = tuple[dict[str, int], dict[str, int]]
+"""The vocabulary, as far as JSON tells it, and the tokens that were added to it, with numbers."""
 
 
-def _tokens_differ(base: Path, expert: Path, tokens: Callable[[Path], Tokens]) -> str | None:
-    if all(_same(base / x, expert / x) for x in ("tokenizer.json", "added_tokens.json")):
+def _tokens_differ(
+    ours: Path, expert: Path, tokens: Callable[[Path], Tokens], whose: str
+) -> str | None:
+    if all(_same(ours / x, expert / x) for x in ("tokenizer.json", "added_tokens.json")):
         return None
-    (ours, added), (theirs, more) = tokens(base), tokens(expert)
-    new = more - added - ours if ours or added else set()
-    new |= theirs - ours - added if ours else set()
+    (own, added), (theirs, more) = tokens(ours), tokens(expert)
+    new = more.keys() - added.keys() - own.keys() if own or added else set()
+    new |= theirs.keys() - own.keys() - added.keys() if own else set()
     if not new:
         return None
     some = ", ".join(sorted(new)[:3]) + ", …" * (len(new) > 3)
     return (
-        f"the tokenizer has {len(new)} tokens that the base's, which the merged model has, lacks "
+        f"the tokenizer has {len(new)} tokens that {whose}, which the merged model has, lacks "
         f"({some}); prompt the merged model without them, or give a base that has them"
     )
 
 
+def token_ids(folder: Path) -> dict[str, int]:
+    """Token -> its number, of all that JSON and text files tell of a folder's tokenizer."""
+    vocabulary, added = _tokens(folder)
+    return vocabulary | added
+
+
 def _tokens(folder: Path) -> Tokens:
-    content = _json(folder / "tokenizer.json")
+    content = json_of(folder / "tokenizer.json")
     model = content.get("model")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    words = [x[0] if isinstance(x, list) and x else x for x in vocabulary or ()]
-    added = [x.get("content") for x in content.get("added_tokens") or () if isinstance(x, dict)]
-    decoder = _json(folder / "tokenizer_config.json").get("added_tokens_decoder")
-    if isinstance(decoder, dict):
-        added += [x.get("content") for x in decoder.values() if isinstance(x, dict)]
-    return (
-        {word for word in [*words, *_json(folder / "vocab.json")] if isinstance(word, str)},
-        {token for token in [*added, *_json(folder / "added_tokens.json")] if token},
-    )
+    found = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(found, list):  # pairs of a word and its score, in the order of their numbers
+        found = {x[0]: n for n, x in enumerate(found) if isinstance(x, list) and x}
+    vocabulary = [*json_of(folder / "vocab.json").items(), *(found or {}).items()]
+    added: list[tuple[Any, Any]] = [*json_of(folder / "added_tokens.json").items()]
+    decoder = json_of(folder / "tokenizer_config.json").get("added_tokens_decoder")
+    for number, token in decoder.items() if isinstance(decoder, dict) else ():
+        if isinstance(token, dict) and number.isdecimal():
+            added.append((token.get("content"), int(number)))
+    for token in content.get("added_tokens") or ():
+        if isinstance(token, dict):
+            added.append((token.get("content"), token.get("id")))
+    return _numbered(vocabulary), _numbered(added)
 
 
-def _templates_differ(base: Path, expert: Path) -> str | None:
-    theirs = _template(expert)
-    if theirs is None or theirs == _template(base):
+def _numbered(pairs: Iterable[tuple[Any, Any]]) -> dict[str, int]:
+    return {x: number for x, number in pairs if isinstance(x, str) and isinstance(number, int)}
+
+
+def _templates_differ(template: Any, expert: Path, whose: str) -> str | None:
+    theirs = chat_template(expert)
+    if theirs is None or theirs == template:
         return None
     return (
-        "the chat template is not the base's, which the merged model has; prompt the merged model "
-        "by the one that its experts were trained with"
+        f"the chat template is not {whose}, which the merged model has; prompt the merged model "
+        "by the one that its experts were trained with, or take it by processor"
     )
-
-
-def _template(folder: Path) -> Any:
-    try:
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):
-        for name in ("chat_template.json", "tokenizer_config.json"):
-            if (template := _json(folder / name).get("chat_template")) is not None:
-                return template.strip() if isinstance(template, str) else template
-    return None
 
 
 def _generation_differs(base: Path, expert: Path) -> str | None:
-    ours, theirs = (_json(folder / "generation_config.json") for folder in (base, expert))
+    ours, theirs = (json_of(folder / "generation_config.json") for folder in (base, expert))
     if not theirs:
         return None
     changed = []
@@ -117,12 +130,3 @@ def _same(one: Path, other: Path) -> bool:
         return one.read_bytes() == other.read_bytes()
     except OSError:
         return not (one.exists() or other.exists())
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A file's mapping; an empty one for any other content, which no merge hangs on."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -58,6 +58,10 @@ class MergeReport:
     """as asked for; None where config.json's model type decided"""
     scope: str = "linear"
     router: str = "merge"
+    processor: str = "base"
+    """whose processor, tokenizer and chat template: "base", an expert's name or a folder"""
+    chat_template: str | None = None
+    """in the place of the processor's own"""
     weights: dict[str, str] = field(default_factory=dict)
     """weight file of the output -> its SHA-256"""
     added_tokens: dict[str, dict[int, int]] | None = None
@@ -91,6 +95,7 @@ class MergeReport:
             "seed": self.seed,
         }
         defaults = {"dtype": None, "family": None, "scope": "linear", "router": "merge"}
+        defaults |= {"processor": "base", "chat_template": None}
         given = {key: getattr(self, key) for key in defaults}
         recipe |= {key: value for key, value in given.items() if value != defaults[key]}
         return dict(json.loads(json.dumps(recipe, default=str)))

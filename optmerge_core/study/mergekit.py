@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 NAMES = {"linear": "weight_average", "dare_linear": "dare_task_arithmetic"}
@@ -29,6 +29,8 @@ NAMES = {"linear": "weight_average", "dare_linear": "dare_task_arithmetic"}
 
 SHARED = ("weight_average", "task_arithmetic", "ties", "dare_task_arithmetic", "dare_ties")
 FLAGS = ("normalize", "rescale", "int8_mask")
+TEMPLATES = Path(__file__).with_name("chat_templates")
+"""The chat templates that mergekit has names for, in files of these names."""
 
 
 def translate(content: dict[str, Any], same: Callable[[Any, Any], bool]) -> dict[str, Any]:
@@ -45,11 +47,8 @@ def translate(content: dict[str, Any], same: Callable[[Any, Any], bool]) -> dict
                 "under models"
             )
     _check_tokenizer(content, same)
-    template = content.pop("chat_template", None)
-    if template not in (None, "auto"):
-        raise ValueError("chat_template: the base model's is kept; leave the key out")
-    if template:
-        warnings.warn("chat_template: the base model's is kept", stacklevel=2)
+    if content.get("chat_template") is not None:
+        content["chat_template"] = chat_template(content["chat_template"])
     if (dtype := content.pop("out_dtype", None)) is not None:
         content["dtype"] = dtype
     parameters, method = content.get("parameters"), content.get("merge_method")
@@ -66,6 +65,20 @@ def translate(content: dict[str, Any], same: Callable[[Any, Any], bool]) -> dict
             # A mean does not need a base model: counted from any of the models it is the same.
             content.setdefault("base_model", models[0].get("model"))
     return content
+
+
+def chat_template(value: Any) -> str:
+    """What mergekit means by its key: "auto" as it is, a name of its own as Jinja, or Jinja.
+
+    Raises `ValueError` for anything else.
+    """
+    named = {path.stem: path for path in TEMPLATES.glob("*.jinja")}
+    if isinstance(value, str) and value in named:
+        return named[value].read_text(encoding="utf-8").strip()
+    if value == "auto" or isinstance(value, str) and len(value) >= 20 and "{" in value:
+        return str(value)
+    names = ", ".join(sorted(named))
+    raise ValueError(f"chat_template {value!r}: give auto, {names}, or a template in Jinja")
 
 
 def _check_tokenizer(content: dict[str, Any], same: Callable[[Any, Any], bool]) -> None:

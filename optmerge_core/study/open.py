@@ -71,7 +71,8 @@ def open_study(
     chosen = {"family": recipe.family, "scope": scope or recipe.scope, "router": recipe.router}
     check_stream(recipe, stream)
     if recipe.merges == "capabilities":
-        return Study(**vars(open_models(*models, stream=stream, **chosen)), recipe=recipe)
+        opened = open_models(*models, stream=stream, **chosen, **prompting(recipe))
+        return Study(**vars(opened), recipe=recipe)
     from optmerge_core.omni.specialists import open_language_models  # slow: transformers and PEFT
 
     opened, specialists = open_language_models(*models, **chosen)
@@ -87,15 +88,25 @@ def check_stream(recipe: Recipe, stream: bool) -> None:
         raise ValueError(f"{recipe.name}: specialists cannot be streamed; leave stream out")
 
 
+def prompting(recipe: Recipe) -> dict[str, Any]:
+    """Whose processor and chat template a recipe asks for; nothing where it merges modalities."""
+    names = () if recipe.merges == "modalities" else ("processor", "chat_template")
+    return {name: getattr(recipe, name) for name in names}
+
+
 def settings(recipe: Recipe, method: str | None = None) -> dict[str, Any]:
     """What `merge` and `compose` take from a recipe for a method (default: the recipe's own)."""
-    return settings_in_memory(recipe, method) | {
-        "scaling_coefficient": recipe.scaling_coefficient,
-        "dtype": recipe.dtype,
-        "family": recipe.family,
-        "scope": recipe.scope,
-        "router": recipe.router,
-    }
+    return (
+        settings_in_memory(recipe, method)
+        | prompting(recipe)
+        | {
+            "scaling_coefficient": recipe.scaling_coefficient,
+            "dtype": recipe.dtype,
+            "family": recipe.family,
+            "scope": recipe.scope,
+            "router": recipe.router,
+        }
+    )
 
 
 def settings_in_memory(recipe: Recipe, method: str | None = None) -> dict[str, Any]:

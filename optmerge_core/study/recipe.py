@@ -145,6 +145,8 @@ class Recipe(_Strict):
     trim: Literal["tensor", "model"] = "tensor"
     scope: Literal["linear", "all"] = "linear"  # the language model's linear layers, or all
     router: Literal["merge", "base"] = "merge"  # a mixture's: by the same method, or the base's
+    processor: str | None = None  # base, an expert's name or a folder; None: merging/processor.py
+    chat_template: str | None = None  # auto, or a template in Jinja, in the place of its own
     trust_remote_code: bool = False  # run the Python files in a checkpoint to load its model
     evaluation: Evaluation = Evaluation()
     method_options: dict[str, dict[str, Any]] = {}
@@ -168,8 +170,25 @@ class Recipe(_Strict):
     def _our_name(cls, method: str) -> str:
         return mergekit.NAMES.get(method, method)
 
+    @field_validator("processor")
+    @classmethod
+    def _whose(cls, processor: str | None, info: ValidationInfo) -> str | None:
+        names = [expert.name for expert in info.data.get("models", ())]
+        if processor in (None, "base", *names):
+            return processor
+        with suppress(ValueError):
+            if info.context is None or Path(found := _locate(processor, info)).is_dir():
+                return processor if info.context is None else found
+        raise ValueError(
+            f"{processor!r} is neither base, nor an expert ({', '.join(names)}), nor a folder"
+        )
+
     @model_validator(mode="after")
     def _understood(self) -> Recipe:
+        if self.merges == "modalities" and (self.processor or self.chat_template):
+            raise ValueError(
+                "processor and chat_template: every specialist keeps its own; leave the keys out"
+            )
         names = [expert.name for expert in self._experts()]
         if not names:
             raise ValueError("models: only the base model is listed; add an expert")

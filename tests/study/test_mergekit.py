@@ -397,9 +397,50 @@ def test_keys_that_change_nothing_here(load, changes):
     assert recipe.dtype == changes.get("out_dtype", "float32")
 
 
-def test_a_chosen_chat_template_is_remarked(load):
-    with pytest.warns(UserWarning, match="chat_template: the base model's is kept"):
-        load(CASES["ties"], chat_template="auto")
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Red?"},
+    {"role": "assistant", "content": "No."},
+    {"role": "user", "content": "Blue?"},
+]
+SAID = {  # by the formats' own descriptions
+    "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nRed?<|im_end|>\n"
+    "<|im_start|>assistant\nNo.<|im_end|>\n<|im_start|>user\nBlue?<|im_end|>\n"
+    "<|im_start|>assistant\n",
+    "llama3": "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nRed?<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\nNo.<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nBlue?<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "exaone": "[|system|]Be brief.[|endofturn|]\n[|user|]Red?\n[|assistant|]No.[|endofturn|]\n"
+    "[|user|]Blue?\n[|assistant|]",
+    "alpaca": "Be brief.\n\n### Instruction:\nRed?\n\n### Response:\nNo.\n\n"
+    "### Instruction:\nBlue?\n\n### Response:\n",
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_a_chat_template_that_mergekit_has_a_name_for(load, name):
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    template = load(CASES["ties"], chat_template=name).chat_template
+    options = {"chat_template": template, "add_generation_prompt": True, "bos_token": "<s>"}
+    (text,), _ = render_jinja_template(conversations=[CONVERSATION], **options)
+    assert text == SAID[name]
+    messages, options = [CONVERSATION[1:3]], {"chat_template": template, "bos_token": "<s>"}
+    (text,), _ = render_jinja_template(conversations=messages, **options)
+    shown = {"chatml": "<|im_end|>\n", "llama3": "<|eot_id|>", "exaone": "[|endofturn|]\n"}
+    assert "Red?" in text and "Be brief." not in text
+    assert text.endswith("No." + shown.get(name, ""))
+
+
+def test_a_chat_template_is_auto_or_jinja(load):
+    for template in (
+        "auto",
+        "{% for message in messages %}{{ message.content }}{% endfor %}",
+        None,
+    ):
+        assert load(CASES["ties"], chat_template=template).chat_template == template
 
 
 TIES = CASES["ties"]
@@ -417,7 +458,9 @@ SCALED = case("linear", WEIGHTS, normalize=False)
         (TIES, {"tokenizer": {"source": "union"}}, "tokenizer_source 'union'"),
         (TIES, {"tokenizer": {"source": "base", "tokens": {"<a>": {}}}}, "tokenizer.tokens: "),
         (TIES, {"tokenizer": "union"}, "tokenizer_source 'union'"),
-        (TIES, {"chat_template": "chatml"}, "chat_template: .*leave the key out"),
+        (TIES, {"chat_template": "chat"}, "chat_template 'chat': give auto, alpaca, chatml, exa"),
+        (TIES, {"chat_template": "{{ messages }}"}, "chat_template .*template in Jinja"),
+        (TIES, {"chat_template": ["auto"]}, "chat_template .*template in Jinja"),
         (TIES, {"dtype": "int8"}, "dtype: .*bfloat16"),
         (TIES, {"parameters": {"int8_mask": 3}}, "int8_mask 3: true or false"),
         (TIES, {"parameters": {"rescale": True}}, "rescale true of ties"),

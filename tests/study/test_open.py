@@ -27,10 +27,12 @@ SAID = {
     "family": "llava_onevision",
     "dtype": "float16",
     "seed": 7,
+    "processor": "ocr",
 }
 
 PLACE = ("dtype", "family", "scope", "router")
 ON_DISK = {"scaling_coefficient": 0.5} | {key: SAID[key] for key in PLACE}
+ON_DISK |= {"processor": "ocr", "chat_template": None}
 
 
 @pytest.fixture
@@ -184,6 +186,7 @@ def test_an_omni_recipe_is_composed_by_all_that_it_says(tmp_path, capsys):
             place[key] = str((RECIPES / place[key]).resolve())
     path = tmp_path / "all.yaml"
     said = SAID | {"parameters": {"lambda": 0.5}, "family": "qwen2", "merge_method": "ties"}
+    del said["processor"]  # each specialist's is its own
     path.write_text(yaml.safe_dump(content | said))
     assert command.main(["merge", str(path), "--output", str(tmp_path / "out")]) == 0
     report = json.loads((tmp_path / "out/merge_report.json").read_text())
