@@ -51,11 +51,14 @@ def merge_command(options: argparse.Namespace) -> None:
     models = (recipe.base_model, recipe.experts, options.output)
     chosen = settings(recipe, options.method)
     chosen |= {"device": options.device, "overwrite": options.overwrite}
-    if options.router is not None:
-        chosen["router"] = options.router
+    for name in ("router", "processor"):
+        if getattr(options, name) is not None:
+            chosen[name] = getattr(options, name)
     if options.scaling_coefficient is not None:
         chosen["scaling_coefficient"] = options.scaling_coefficient
     if recipe.merges == "modalities":
+        if options.processor is not None:
+            raise ValueError("--processor: every specialist keeps its own; leave it out")
         from optmerge_core.omni import compose
 
         compose(*models, **chosen)
@@ -130,10 +133,12 @@ def _validation_score(device: str, recipe: Recipe):
     from optmerge_core.benchmark.evaluator import evaluator_for
     from optmerge_core.evaluation.metrics import accuracy
     from optmerge_core.evaluation.questions import load_split
+    from optmerge_core.study.open import open_study
 
     data = load_split(size.data, "validation", size.validation_samples)
     trust = recipe.trust_remote_code
-    evaluator = evaluator_for(recipe.base_model, data, device=device, trust_remote_code=trust)
+    options = {"device": device, "processor": open_study(recipe).processor}
+    evaluator = evaluator_for(recipe.base_model, data, trust_remote_code=trust, **options)
     return lambda *merged: accuracy(evaluator.answer_merged(*merged)).to_dict()
 
 
@@ -202,6 +207,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--scaling-coefficient", type=float, metavar="X", help="not the recipe's")
     text = "a mixture's router: by the same method, or the base's (default: the recipe's)"
     sub.add_argument("--router", choices=["merge", "base"], help=text)
+    text = "whose processor, tokenizer and chat template: base, an expert's name or a folder"
+    sub.add_argument("--processor", metavar="NAME", help=f"{text} (default: the recipe's)")
     sub.add_argument("--overwrite", action="store_true", help="replace a checkpoint at DIR")
     stream = "read weights from the hub or a web server tensor by tensor, without downloading them"
     sub.add_argument("--stream", action="store_true", help=stream)

@@ -19,17 +19,20 @@ from optmerge_core.evaluation.evaluator import Evaluator
 from optmerge_core.evaluation.metrics import Box, box_iou
 
 
-def evaluator_for(base_model, data, device="auto", trust_remote_code=False):
+def evaluator_for(base_model, data, device="auto", trust_remote_code=False, processor=None):
     """The evaluator of a base model, a folder or hub id: of any checkpoint, or the fast one.
 
-    data: questions as `load_split` gives them. The benchmark's own models answer on the CPU,
+    data: questions as `load_split` gives them; processor: whose asks them, as an opened study has
+    it (default: the base model's). The benchmark's own models answer on the CPU,
     whatever the device, so that their scores are the same everywhere.
     """
     base = open_checkpoint(base_model)
     if processor_class(base.folder) not in PROCESSORS:
-        return Evaluator(base_model, data, device=device, trust_remote_code=trust_remote_code)
+        options = {"trust_remote_code": trust_remote_code, "processor": processor}
+        return Evaluator(base_model, data, device=device, **options)
     real = base.config()["text_config"]["model_type"] == "llama"  # SmolLM2
-    return (SmolEvaluator if real else EmbeddedEvaluator)(base_model, data)
+    kind = SmolEvaluator if real else EmbeddedEvaluator
+    return kind(base_model, data, processor=processor)
 
 
 def is_correct(metric, prediction, answer):
@@ -61,8 +64,9 @@ class LayersEvaluator(Evaluator):
 
     dtype = torch.float32
 
-    def __init__(self, base_model, data, batch_size=None):
-        super().__init__(base_model, data, batch_size or self.batch_size, device="cpu")
+    def __init__(self, base_model, data, batch_size=None, processor=None):
+        size = batch_size or self.batch_size
+        super().__init__(base_model, data, size, device="cpu", processor=processor)
 
     def _check(self, name, parameter, tensor):
         super()._check(name, parameter, tensor)

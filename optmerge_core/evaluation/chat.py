@@ -4,11 +4,13 @@ A model with a vocabulary of its own has to be told what form an answer should h
 """
 
 import re
+from functools import partial
 from pathlib import Path
 
 from optmerge_core.checkpoints.formats import read_json
 from optmerge_core.errors import extra
 from optmerge_core.evaluation.metrics import Box, metric_of
+from optmerge_core.merging.templates import prompt_fault
 
 with extra("models"):
     import transformers
@@ -23,11 +25,12 @@ BOX = (
 )
 
 
-def load_processor(folder, trust_remote_code=False):
+def load_processor(folder, trust_remote_code=False, template=None):
     """The folder's processor; without its part for videos where that, or torchvision, is missing.
 
-    Raises `ValueError` for a folder that has none, or whose processor is Python code of its own
-    that has not been allowed to run.
+    `template` replaces its chat template; where it has none, it gets its tokenizer's. Raises
+    `ValueError` for a folder that has none, or whose processor is Python code of its own that has
+    not been allowed to run.
     """
     folder = Path(folder)
     try:
@@ -47,7 +50,24 @@ def load_processor(folder, trust_remote_code=False):
             "copy the original's processor and tokenizer files beside the weights, or use the "
             "checkpoint's conversion to transformers, often named ...-hf"
         )
+    own = getattr(processor, "chat_template", None)
+    processor.chat_template = template or own or processor.tokenizer.chat_template
     return processor
+
+
+def prompt_of(processor, content):
+    """The prompt of a user's message, up to the model's answer, as its chat template writes it."""
+    asked = [{"role": "user", "content": content}]
+    return processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+
+
+def check_prompts(processor, folder):
+    """Raise `ValueError` where prompts would be empty, before anything is asked by them."""
+    if problem := prompt_fault(partial(prompt_of, processor), pictures=True):
+        raise ValueError(
+            f"{folder}: {problem}, and answers to that would tell nothing; name an expert or a "
+            "folder whose processor makes prompts (the recipe's processor)"
+        )
 
 
 def processor_class(folder):

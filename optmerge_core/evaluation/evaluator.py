@@ -17,6 +17,7 @@ from optmerge_core.checkpoints.open import open_checkpoint
 from optmerge_core.errors import extra
 from optmerge_core.evaluation import answers, chat
 from optmerge_core.evaluation.metrics import is_correct, metric_of
+from optmerge_core.merging.processor import Processor
 from optmerge_core.runtime import in_order, parse_device
 from optmerge_core.task_vectors.stack import apply
 
@@ -49,18 +50,32 @@ class Evaluator:
 
     base_model: a folder or hub id; data: questions as `load_split` gives them. It answers on
     `device` in its own dtype, the weights replaced in place and the base's read again from its
-    files: beside the model nothing is kept.
+    files: beside the model nothing is kept. `processor`, a `merging.processor.Processor`, says
+    whose processor and chat template ask (default: the base's).
 
-    Raises `ValueError` for a model that transformers does not open as one for images and text.
+    Raises `ValueError` for a model that transformers does not open as one for images and text, and
+    for a chat template that makes empty prompts.
     """
 
     dtype = "auto"
     max_new_tokens = 64  # a box in JSON, digit by digit, takes about 45
     is_correct = staticmethod(is_correct)
 
-    def __init__(self, base_model, data, batch_size=16, device="auto", trust_remote_code=False):
+    def __init__(
+        self,
+        base_model,
+        data,
+        batch_size=16,
+        device="auto",
+        trust_remote_code=False,
+        processor=None,
+    ):
         self.base = open_checkpoint(base_model)
-        self.processor = chat.load_processor(self.base.folder, trust_remote_code)
+        own = processor or Processor(folder=self.base.folder)
+        self.processor = chat.load_processor(own.folder, trust_remote_code, own.template)
+        chat.check_prompts(self.processor, own.folder)
+        folders = dict.fromkeys((self.base.folder, own.folder))
+        self._said = [*map(answers.side_content, folders), own.template]
         self.tokenizer = self.processor.tokenizer
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -85,7 +100,7 @@ class Evaluator:
         if "hash" not in self.samples:
             hashes = [hashlib.blake2b(content, digest_size=8).hexdigest() for content in pixels]
             self.samples["hash"] = hashes
-        self._asked = [self.samples.to_json(), pixels, answers.side_content(self.base.folder)]
+        self._asked = [self.samples.to_json(), pixels, self._said]
 
     def _batches(self):
         """(rows, what `generate` takes); the next ones are prepared while one is answered."""

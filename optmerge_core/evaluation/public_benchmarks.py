@@ -18,6 +18,7 @@ import pandas as pd
 from optmerge_core.checkpoints.formats import read_json
 from optmerge_core.evaluation import toolkits
 from optmerge_core.figures import markdown, paper_table
+from optmerge_core.merging.templates import chat_template, fault, takes_pictures
 from optmerge_core.places import checkout
 
 TABLES = {
@@ -216,6 +217,9 @@ def _merged_model(model: str | Path) -> tuple[Path, str]:
             f"{model}: no toolkit is known to load model type {model_type!r}, only "
             f"{', '.join(WRAPPERS)}; look for a model class in their documentation"
         )
+    pictures = takes_pictures(read_json(folder / "config.json"), folder)
+    if problem := fault(folder, chat_template(folder), pictures):
+        warnings.warn(f"{model}: {problem}; merge again with an expert's processor", stacklevel=3)
     return folder, model_type
 
 

@@ -6,6 +6,7 @@ shards, a processor as on the hub. Their experts are named after no task.
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,11 +32,13 @@ from optmerge_core import load_recipe, open_checkpoint
 from optmerge_core.benchmark.evaluator import EmbeddedEvaluator, evaluator_for
 from optmerge_core.benchmark.models.tokenizer import PIECES, word_level
 from optmerge_core.benchmark.tasks.samples import TASKS
+from optmerge_core.checkpoints.formats import side_files
 from optmerge_core.evaluation import chat
 from optmerge_core.evaluation.chat import load_processor
 from optmerge_core.evaluation.evaluator import Evaluator, load_model
 from optmerge_core.evaluation.questions import load_split
 from optmerge_core.evaluation.selection import MergedTaskVectors
+from optmerge_core.merging.experts import open_models
 from optmerge_core.merging.loop import merge_tensors
 from optmerge_core.study.open import open_study
 
@@ -278,6 +281,42 @@ def test_prompts_hold_the_pictures_tokens_and_are_padded_on_the_left(own):
     assert (inputs["input_ids"] == image).sum(1).tolist() == [
         4 if "grid" in str(inputs.keys()) else 5
     ] * 2
+
+
+EMPTY = (  # it takes a conversation for its parts
+    "{% for part in messages %}{% if 'text' in part %}{{ part.text }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("make", [qwen, llava])
+def test_a_base_with_empty_prompts_is_asked_by_its_experts_template(make, tmp_path):
+    folder = save_study(tmp_path, make)
+    data = load_split(QUESTIONS, "validation", 1)
+    expected = Evaluator(folder, data, device="cpu").answer()["prediction"]
+    for path in side_files(folder):
+        if path.name != "config.json":
+            shutil.copy(path, tmp_path / "maths" / path.name)
+    (folder / "chat_template.jinja").write_text(EMPTY)
+    with pytest.raises(ValueError, match="base: the chat template makes empty prompts"):
+        Evaluator(folder, data, device="cpu")
+    experts = {name: str(tmp_path / name) for name in EXPERTS}
+    with pytest.warns(UserWarning, match="processor and chat template are those of expert maths"):
+        opened = open_models(folder, experts)
+    evaluator = evaluator_for(folder, data, device="cpu", processor=opened.processor)
+    assert (evaluator.answer()["prediction"] == expected).all()
+    replaced = replace(opened.processor, template=TEMPLATE.replace("IMAGE", ""))
+    with pytest.raises(ValueError, match="maths: .* without the image's tokens"):
+        evaluator_for(folder, data, device="cpu", processor=replaced)
+
+
+def test_a_processor_has_its_tokenizers_template_where_it_has_none(tmp_path):
+    """As of folders that an older transformers saved."""
+    llava(tmp_path)
+    template = (tmp_path / "chat_template.jinja").read_text()
+    (tmp_path / "chat_template.jinja").unlink()
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    assert load_processor(tmp_path).chat_template == template
 
 
 def test_a_checkpoints_own_code_is_not_run_unless_asked(tmp_path):
