@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from optmerge_core.checkpoints.open import open_checkpoint, open_expert
+    from optmerge_core.evaluation.check import check_merged
     from optmerge_core.merging.merge import join, merge, merge_part
     from optmerge_core.merging.merge_adapters import merge_adapters
     from optmerge_core.merging.plan import MergePlan, load_plan, plan_merge
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "METHODS": "methods.registry",
     "MergePlan": "merging.plan",
+    "check_merged": "evaluation.check",
     "extract_adapter": "study.extract",
     "join": "merging.merge",
     "load_plan": "merging.plan",
@@ -33,6 +35,7 @@ __all__ = [
     "METHODS",
     "MergePlan",
     "__version__",
+    "check_merged",
     "extract_adapter",
     "join",
     "load_plan",

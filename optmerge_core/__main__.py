@@ -10,7 +10,9 @@ import json
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,6 +65,7 @@ def merge_command(options: argparse.Namespace) -> None:
 
         compose(*models, **chosen)
         print(f"{options.output}: one Omni model of {', '.join(recipe.experts)}")
+        _check(options, recipe)
         return
     report = merge(*models, **chosen, stream=options.stream)
     for name, norm in report.relative_norms().items():
@@ -80,6 +83,33 @@ def merge_command(options: argparse.Namespace) -> None:
         f"merged by {report.method}, {report.parameters_kept} kept from the base, "
         f"{report.seconds:.1f} s, at most {report.peak_memory_bytes / 1e9:.2f} GB of memory"
     )
+    _check(options, recipe)
+
+
+def _check(options: argparse.Namespace, recipe: Recipe) -> None:
+    """See whether the merged folder works, unless told not to; with --check failing is an error."""
+    if options.check is False:
+        return
+    from optmerge_core.evaluation.check import check_merged
+    from optmerge_core.merging.templates import processor_class
+
+    model_class = None
+    with suppress(ImportError):  # which the check itself tells
+        import transformers
+
+        if recipe.merges == "modalities":
+            from optmerge_core.omni import OmniForConditionalGeneration as model_class
+        elif not hasattr(transformers, processor_class(Path(options.output)) or "AutoProcessor"):
+            import_module("optmerge_core.benchmark.models.registry")  # it may be one of its own
+    trust = {"trust_remote_code": recipe.trust_remote_code, "model_class": model_class}
+    check = check_merged(options.output, device=options.device, **trust)
+    if options.check and (check.failed or not check.model_class):
+        raise ValueError(f"{options.output}: {' '.join(check.sentences())}")
+    for sentence in check.sentences():
+        if sentence.startswith("Failed"):
+            warnings.warn(f"{options.output}: {sentence}", stacklevel=1)
+        else:
+            print(sentence)
 
 
 def inspect_command(options: argparse.Namespace) -> None:
@@ -209,6 +239,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--router", choices=["merge", "base"], help=text)
     text = "whose processor, tokenizer and chat template: base, an expert's name or a folder"
     sub.add_argument("--processor", metavar="NAME", help=f"{text} (default: the recipe's)")
+    text = (
+        "see whether the merged folder opens, is prompted, computes and answers (default: where "
+        "its class and free memory allow; with --check what fails is an error)"
+    )
+    sub.add_argument("--check", action=argparse.BooleanOptionalAction, default=None, help=text)
     sub.add_argument("--overwrite", action="store_true", help="replace a checkpoint at DIR")
     stream = "read weights from the hub or a web server tensor by tensor, without downloading them"
     sub.add_argument("--stream", action="store_true", help=stream)

@@ -60,9 +60,10 @@ def merges(root: Path, kills: int) -> dict[str, int]:
     """
     merge.__kwdefaults__["max_shard_size"] = "1MB"  # a small model, but several shards
     out, recipe = root / "place" / "out", str(root / "recipe.yaml")
+    options = ("--overwrite", "--no-check")
 
     def command(*arguments: str) -> Callable[[], int]:
-        return lambda: main(["merge", recipe, "--output", str(out), "--overwrite", *arguments])
+        return lambda: main(["merge", recipe, "--output", str(out), *options, *arguments])
 
     assert forked(command("--method", "weight_average")) == 0
     old = content(out)

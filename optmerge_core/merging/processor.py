@@ -143,7 +143,7 @@ def _unlike(base: Weights, chosen: Processor) -> list[str]:
     if ours is None or theirs is None:
         return []
     what = f"processor {chosen.owner}"
-    for kind, found in (("image processor", _has_images), ("tokenizer", _has_tokens)):
+    for kind, found in (("image processor", _has_images), ("tokenizer", has_tokens)):
         if found(ours) and not found(theirs):
             raise ValueError(f"{what}: {theirs} has no {kind}, and the base has; choose another")
     known, own = token_ids(ours), token_ids(theirs)
@@ -232,7 +232,8 @@ def _has_images(folder: Path) -> bool:
     return any((folder / name).is_file() for name in IMAGE_PROCESSOR)
 
 
-def _has_tokens(folder: Path) -> bool:
+def has_tokens(folder: Path) -> bool:
+    """Whether a folder has a tokenizer's files."""
     return any(TOKENIZER.fullmatch(path.name) for path in side_files(folder))
 
 

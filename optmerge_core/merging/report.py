@@ -66,6 +66,8 @@ class MergeReport:
     """weight file of the output -> its SHA-256"""
     added_tokens: dict[str, dict[int, int]] | None = None
     """of an Omni model: modality -> its numbers of tokens that the base lacks -> their new ones"""
+    check: dict[str, Any] | None = None
+    """whether the folder was seen to work, see `evaluation.check`; None before"""
     versions: dict[str, str] = field(
         default_factory=lambda: {name: version(name) for name in ("torch", "safetensors")}
     )
@@ -87,8 +89,8 @@ class MergeReport:
         """The recipe that makes this model again, hub ids with the commits that were read."""
         recipe = {
             "merge_method": self.method,
-            "base_model": _pinned(self.base_model),
-            "models": [{"model": _pinned(x), "name": name} for name, x in self.experts.items()],
+            "base_model": pinned(self.base_model),
+            "models": [{"model": pinned(x), "name": name} for name, x in self.experts.items()],
             "parameters": {"lambda": self.scaling_coefficient},
             "method_options": {self.method: self.method_options},
             "trim": self.trim,
@@ -101,7 +103,8 @@ class MergeReport:
         return dict(json.loads(json.dumps(recipe, default=str)))
 
 
-def _pinned(item: dict[str, Any]) -> str:
+def pinned(item: dict[str, Any]) -> str:
+    """Where an input of a report is, a hub id with the commit that was read."""
     if item["revision"] is None:
         return str(item["location"])
     return f"{parse_hub_id(item['location'])[0]}@{item['revision']}"

@@ -6,7 +6,6 @@ differ on disk and in memory; here they have those of the language model's own c
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import (
@@ -26,20 +25,19 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from optmerge_core.checkpoints.adapters import parameter_of
 from optmerge_core.checkpoints.folder import Checkpoint
 from optmerge_core.checkpoints.formats import ADAPTER_CONFIG, CheckpointError, read_json
 from optmerge_core.checkpoints.lora_settings import LoraSettings
 from optmerge_core.checkpoints.names import (
     EMBEDDINGS,
     HEAD,
-    PREFIX,
     is_embeddings,
     is_head,
     language_name,
 )
 from optmerge_core.checkpoints.open import open_checkpoint
-from optmerge_core.checkpoints.weights import IN_MEMORY, Renamed, as_weights
+from optmerge_core.checkpoints.weights import IN_MEMORY, Renamed
+from optmerge_core.evaluation.placed import placed
 from optmerge_core.merging.experts import Opened, check_config
 from optmerge_core.merging.families import mergeable
 from optmerge_core.omni.model import specialist_class, without_layers
@@ -126,7 +124,7 @@ def _with_adapter(adapter: Checkpoint) -> tuple[PreTrainedModel, Checkpoint]:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is dep")  # PEFT asks it
-            adapted = PeftModel.from_pretrained(model, adapter.folder, **_placed(adapter, model))
+            adapted = PeftModel.from_pretrained(model, adapter.folder, **placed(adapter, model))
         for name, module in adapted.named_modules():
             if isinstance(module, LoraLayer) and "language_model" in name:
                 module.float()  # rounded to the base's dtype, a small update would be lost
@@ -137,21 +135,6 @@ def _with_adapter(adapter: Checkpoint) -> tuple[PreTrainedModel, Checkpoint]:
             f"({_in_one_line(error)}); is it another model's? If not, merge it where it was "
             "trained and give that folder"
         ) from error
-
-
-def _placed(adapter: Checkpoint, model: PreTrainedModel) -> dict[str, Any]:
-    """What PEFT must be told where the adapter's modules have other paths than the model's.
-
-    As of an adapter that was made on the text model alone.
-    """
-    modules = {n.removeprefix(PREFIX).split(".lora_")[0] for n in adapter if ".lora_" in n}
-    found = {m: parameter_of(m, as_weights(model)).removesuffix(".weight") for m in modules}
-    if all(module == own for module, own in found.items()):
-        return {}
-    config = PeftConfig.from_pretrained(adapter.folder)
-    config.target_modules, config.exclude_modules = [*found.values()], None
-    paths = {rf"^{re.escape(module)}\.": f"{own}." for module, own in found.items()}
-    return {"config": config, "key_mapping": paths}
 
 
 def _load(

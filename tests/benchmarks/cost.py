@@ -22,8 +22,9 @@ FAMILIES = ("internvl", "qwen2_vl")
 def measure(name, folder):
     """A row of the table, from the report that the merge writes beside the weights."""
     recipe, output = ROOT / "data" / "recipes" / f"{name}.yaml", Path(folder, name)
-    command = ("-m", "optmerge_core", "merge", recipe, "--output", output, "--overwrite")
-    subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
+    command = ("-m", "optmerge_core", "merge", recipe, "--output", output)
+    options = ("--overwrite", "--no-check")
+    subprocess.run([sys.executable, *command, *options], check=True, stdout=subprocess.DEVNULL)
     report = json.loads((output / "merge_report.json").read_text())
     row = {"recipe": name, "device": device_name(), "seconds": report["seconds"]}
     return row | {"peak memory (GB)": report["peak_memory_bytes"] / 1e9}

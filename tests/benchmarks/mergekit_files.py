@@ -33,7 +33,7 @@ OURS = """
 import sys
 ---
 from optmerge_core.__main__ import main
-status = main(["merge", sys.argv[1], "--output", sys.argv[2], "--device", "cpu"])
+status = main(["merge", sys.argv[1], "--output", sys.argv[2], "--device", "cpu", "--no-check"])
 assert status == 0
 """
 MERGEKIT = """
