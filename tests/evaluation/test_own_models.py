@@ -28,7 +28,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from optmerge_core import load_recipe, open_checkpoint
+from optmerge_core import check_merged, load_recipe, merge, open_checkpoint
 from optmerge_core.benchmark.evaluator import EmbeddedEvaluator, evaluator_for
 from optmerge_core.benchmark.models.tokenizer import PIECES, word_level
 from optmerge_core.benchmark.tasks.samples import TASKS
@@ -307,6 +307,18 @@ def test_a_base_with_empty_prompts_is_asked_by_its_experts_template(make, tmp_pa
     replaced = replace(opened.processor, template=TEMPLATE.replace("IMAGE", ""))
     with pytest.raises(ValueError, match="maths: .* without the image's tokens"):
         evaluator_for(folder, data, device="cpu", processor=replaced)
+
+
+def test_a_merged_folder_of_stock_classes_is_seen_to_work(own, tmp_path):
+    """Of whole experts and an adapter, so that there is no adapter of all to compare with."""
+    experts = {name: own.base.folder.parent / name for name in EXPERTS}
+    merge(own.base.folder, experts, tmp_path / "out", method="task_arithmetic")
+    check = check_merged(tmp_path / "out", device="cpu")
+    assert (check.failed, check.not_checked, check.adapter_difference) == ([], [], None)
+    assert check.model_class == type(own.evaluator.model).__name__ and check.dtype == "bfloat16"
+    features = 5 if "Llava" in check.model_class else 4
+    assert check.image_tokens == features < check.prompt_tokens and check.logits_finite
+    assert check.answer is not None
 
 
 def test_a_processor_has_its_tokenizers_template_where_it_has_none(tmp_path):
