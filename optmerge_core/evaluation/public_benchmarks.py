@@ -217,8 +217,9 @@ def _merged_model(model: str | Path) -> tuple[Path, str]:
             f"{model}: no toolkit is known to load model type {model_type!r}, only "
             f"{', '.join(WRAPPERS)}; look for a model class in their documentation"
         )
-    pictures = takes_pictures(read_json(folder / "config.json"), folder)
-    if problem := fault(folder, chat_template(folder), pictures):
+    template, config = chat_template(folder), read_json(folder / "config.json")
+    pictures = takes_pictures(config, folder)
+    if template is not None and (problem := fault(folder, template, pictures)):
         warnings.warn(f"{model}: {problem}; merge again with an expert's processor", stacklevel=3)
     return folder, model_type
 

@@ -166,7 +166,7 @@ def _unlike(base: Weights, chosen: Processor) -> list[str]:
     wrong += [
         f"{word!r} is number {number}, and the base has {rows} embeddings"
         for word, number in own.items()
-        if number >= rows > 0
+        if word not in known and number >= rows > 0
     ]
     if wrong:
         raise ValueError(

@@ -26,6 +26,14 @@ def model(folder, model_type):
     return folder
 
 
+def test_a_model_that_is_asked_nothing_is_told(tmp_path):
+    folder = model(tmp_path / "merged", "qwen2_vl")
+    template = "{% for part in messages %}{{ part.text }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.warns(UserWarning, match="merged: the chat template makes empty prompts, which"):
+        hand_off(folder, "3")
+
+
 def arguments(script):
     """Option -> value of the command that ends a script, as the shell reads it."""
     command = script[script.rindex("\n", 0, script.index("    --")) :].replace("\\\n", " ")

@@ -367,7 +367,7 @@ def test_same_folder_twice_is_a_notice(tiny, tmp_path):
 
 def test_package_exports():
     assert set(optmerge_core.__all__) == {
-        "METHODS", "MergePlan", "__version__", "extract_adapter", "join", "load_plan",
+        "METHODS", "MergePlan", "__version__", "check_merged", "extract_adapter", "join", "load_plan",
         "load_recipe", "merge", "merge_adapters", "merge_part", "open_checkpoint", "open_expert",
         "plan_merge",
     }  # fmt: skip
