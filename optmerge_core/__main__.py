@@ -233,18 +233,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     sub = add("merge", merge_command, "merge a recipe's experts into one model folder")
-    sub.add_argument("--method", help="another method than the recipe's")
-    sub.add_argument("--scaling-coefficient", type=float, metavar="X", help="not the recipe's")
-    text = "a mixture's router: by the same method, or the base's (default: the recipe's)"
-    sub.add_argument("--router", choices=["merge", "base"], help=text)
-    text = "whose processor, tokenizer and chat template: base, an expert's name or a folder"
-    sub.add_argument("--processor", metavar="NAME", help=f"{text} (default: the recipe's)")
-    text = (
-        "see whether the merged folder opens, is prompted, computes and answers (default: where "
-        "its class and free memory allow; with --check what fails is an error)"
-    )
-    sub.add_argument("--check", action=argparse.BooleanOptionalAction, default=None, help=text)
-    sub.add_argument("--overwrite", action="store_true", help="replace a checkpoint at DIR")
+    _add_merge_options(sub)
     stream = "read weights from the hub or a web server tensor by tensor, without downloading them"
     sub.add_argument("--stream", action="store_true", help=stream)
     text = "measure a recipe's experts and say whether they will merge"
@@ -279,6 +268,22 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--row", default="OptMerge", help="of that table (default: OptMerge)")
     sub.add_argument("--output", metavar="DIR", help="folder to write scripts or the table to")
     return parser
+
+
+def _add_merge_options(sub: argparse.ArgumentParser) -> None:
+    """What `merge` takes beside recipe, output and device."""
+    sub.add_argument("--method", help="another method than the recipe's")
+    sub.add_argument("--scaling-coefficient", type=float, metavar="X", help="not the recipe's")
+    text = "a mixture's router: by the same method, or the base's (default: the recipe's)"
+    sub.add_argument("--router", choices=["merge", "base"], help=text)
+    text = "whose processor, tokenizer and chat template: base, an expert's name or a folder"
+    sub.add_argument("--processor", metavar="NAME", help=f"{text} (default: the recipe's)")
+    text = (
+        "see whether the merged folder opens, is prompted, computes and answers (default: where "
+        "its class and free memory allow; with --check what fails is an error)"
+    )
+    sub.add_argument("--check", action=argparse.BooleanOptionalAction, default=None, help=text)
+    sub.add_argument("--overwrite", action="store_true", help="replace a checkpoint at DIR")
 
 
 if __name__ == "__main__":

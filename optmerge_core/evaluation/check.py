@@ -114,14 +114,12 @@ def check_merged(
 
 
 def _device(device: str, needed: float) -> torch.device | str:
-    """Where so many bytes fit, the GPU first unless another is asked for; or why nowhere."""
-    chosen = parse_device(device)
-    if chosen.type == "cuda" and torch.cuda.mem_get_info(chosen)[0] > needed:
-        return chosen
-    free = psutil.virtual_memory().available
-    if free > needed:
-        return torch.device("cpu")
-    return f"which takes {needed / 1e9:.1f} GB where {free / 1e9:.1f} GB of memory are free"
+    """Where so many bytes fit, a GPU that is asked for or the CPU; or why nowhere."""
+    chosen, free = parse_device(device), psutil.virtual_memory().available
+    if free <= needed:  # a GPU's is loaded here first
+        return f"which takes {needed / 1e9:.1f} GB where {free / 1e9:.1f} GB of memory are free"
+    on_gpu = chosen.type == "cuda" and torch.cuda.mem_get_info(chosen)[0] > needed
+    return chosen if on_gpu else torch.device("cpu")
 
 
 def record(folder: Path, check: Check) -> None:

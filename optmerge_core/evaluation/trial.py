@@ -62,7 +62,7 @@ def run(check, weights, report, device, trust_remote_code=False, model_class=Non
             check.not_checked.append("prompts but of text, which the specialists' processors make")
             return
         try:
-            _compare(check, weights, report, kind, inputs, logits)
+            _compare(check, report, kind, inputs, logits)
         except (ValueError, OSError, RuntimeError, UserWarning) as error:
             check.not_checked.append(f"the adapters applied to the base: {_reason(error)}")
 
@@ -88,7 +88,7 @@ def _opened(check, weights, device, trust_remote_code, model_class):
     config, options = weights.config(), {}
     name = next(iter(config.get("architectures") or ["nothing"]))
     kind = model_class or getattr(transformers, name, None)
-    if kind is None:
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         own = [x for x in config.get("auto_map") or {} if x.startswith("AutoModel")]
         if not own or not trust_remote_code:
             check.not_checked.append(
@@ -103,6 +103,9 @@ def _opened(check, weights, device, trust_remote_code, model_class):
         model, info = kind.from_pretrained(
             weights.folder, dtype="auto", output_loading_info=True, **options
         )
+    except ImportError as error:
+        check.not_checked.append(f"the model, whose class {name} needs more ({_reason(error)})")
+        return None
     except Exception as error:  # of any type: the class decides
         check.failed.append(
             f"the folder does not open as {name} ({_reason(error)}), probably since config.json is "
@@ -252,7 +255,7 @@ def _answer(check, model, inputs, decode):
     check.answer = decode(tokens[0, inputs["input_ids"].shape[1] :])
 
 
-def _compare(check, weights, report, kind, inputs, logits):
+def _compare(check, report, kind, inputs, logits):
     """The adapters that were merged, as one adapter on the base, beside the folder's logits.
 
     Only where all experts are adapters. Raises `ValueError` where that has no such adapter.

@@ -71,7 +71,10 @@ def open_study(
     chosen = {"family": recipe.family, "scope": scope or recipe.scope, "router": recipe.router}
     check_stream(recipe, stream)
     if recipe.merges == "capabilities":
-        opened = open_models(*models, stream=stream, **chosen, **prompting(recipe))
+        asked = prompting(recipe)
+        if asked["processor"] in recipe.experts.keys() - models[1].keys():
+            asked["processor"] = recipe.experts[asked["processor"]]  # an expert that is left out
+        opened = open_models(*models, stream=stream, **chosen, **asked)
         return Study(**vars(opened), recipe=recipe)
     from optmerge_core.omni.specialists import open_language_models  # slow: transformers and PEFT
 

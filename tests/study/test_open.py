@@ -125,6 +125,7 @@ def test_other_experts_and_another_base_in_the_recipes_place(tiny, recipe):
     found = load_recipe(recipe(scope="linear"))
     first = dict([next(iter(tiny.experts.items()))])
     study = open_study(found, experts=first, base_model=str(tiny.base))
+    assert study.processor.folder.resolve() == tiny.experts["ocr"] and "ocr" not in first
     assert list(study.experts) == list(first) and study.recipe is found
     alone = study.merge_tensors("task_arithmetic")
     assert all(torch.equal(alone[n], study.task_vectors()[n][0]) for n in study.names)
