@@ -183,20 +183,48 @@ def ties_by_count(task_vectors: Tensor, densities, weights=None, normalize=True)
     return torch.tensor(merged, dtype=task_vectors.dtype).view(task_vectors.shape[1:])
 
 
-def tsv(task_vectors: Tensor) -> Tensor:
+def complete(basis: Tensor, count: int, seed: int) -> Tensor:
+    """The columns, and orthonormal ones up to `count`: Gram-Schmidt of Gaussian ones, twice."""
+    generator = torch.Generator().manual_seed(seed)
+    missing = count - basis.shape[1]
+    drawn = torch.randn(len(basis), missing, generator=generator, dtype=torch.float64)
+    columns = list(basis.T)
+    for column in drawn.T:
+        for other in 2 * columns:
+            column = column - (other @ column) * other
+        columns.append(column / column.norm())
+    return torch.stack(columns, dim=1)
+
+
+def filled_svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """An SVD whose null directions are those of `complete`, instead of LAPACK's."""
+    U, S, Vh = svd(matrix, rank)
+    known = int((S > 1e-7 * torch.linalg.matrix_norm(matrix, 2)).sum())
+    left = complete(U[:, :known], len(S), 2 * seed)
+    right = complete(Vh[:known].T, len(S), 2 * seed + 1)
+    return left, S * (torch.arange(len(S)) < known), right.T
+
+
+def tsv(task_vectors: Tensor, fill: bool = False) -> Tensor:
+    """fill: the null directions of every SVD are those of `filled_svd`."""
     experts, rows, columns = task_vectors.shape
     rank = max(min(rows, columns) // experts, 1)
-    parts = [svd(task_vector, rank) for task_vector in task_vectors]
+
+    def decomposed(matrix, rank, seed):
+        return filled_svd(matrix, rank, seed) if fill else svd(matrix, rank)
+
+    parts = [decomposed(matrix, rank, seed) for seed, matrix in enumerate(task_vectors)]
     U = torch.cat([U for U, _, _ in parts], dim=1)
     S = torch.cat([S for _, S, _ in parts])
     Vh = torch.cat([Vh for _, _, Vh in parts], dim=0)
-    P_U, _, Q_U = torch.linalg.svd(U, full_matrices=False)
-    P_V, _, Q_V = torch.linalg.svd(Vh, full_matrices=False)
+    P_U, _, Q_U = decomposed(U, min(U.shape), experts)
+    P_V, _, Q_V = decomposed(Vh, min(Vh.shape), experts + 1)
     return P_U @ Q_U @ torch.diag(S) @ P_V @ Q_V
 
 
-def iso_c(task_vectors: Tensor) -> Tensor:
-    U, S, Vh = torch.linalg.svd(task_vectors.sum(0), full_matrices=False)
+def iso_c(task_vectors: Tensor, fill: bool = False) -> Tensor:
+    total = task_vectors.sum(0)
+    U, S, Vh = filled_svd(total, min(total.shape), 0) if fill else svd(total, min(total.shape))
     return U @ torch.diag(torch.full_like(S, S.mean().item())) @ Vh
 
 

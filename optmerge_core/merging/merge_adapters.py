@@ -69,7 +69,8 @@ def merge_adapters(
 
     experts: name -> adapter folder or hub id. Equal to `merge` of the same adapters up to rounding.
     Methods: weight_average, task_arithmetic, tsv, iso_c, swudi, and with SGD or ridge wudi and
-    optmerge (preset lora unless told otherwise). The others raise `ValueError`, which says why.
+    optmerge (preset lora unless told otherwise). The others raise `ValueError`, which says why,
+    and so does null_directions="fill".
     base_model: folder or hub id, needed where an adapter began by changing it (PiSSA, OLoRA).
     Returns the folder: adapter_model.safetensors (float32) and adapter_config.json, scale 1, with
     merge_report.json and a model card.
@@ -189,6 +190,8 @@ def check_possible(method: str, options: Mapping[str, Any]) -> None:
         )
         if options.get("optimizer", preset) == "adam":
             reason = f"with Adam {ENTRYWISE}; use optimizer='sgd' or 'ridge'"
+    if options.get("null_directions") == "fill":
+        reason = "with null_directions='fill' leaves the span of the factors"
     if reason:
         raise ValueError(
             f"{method} {reason}: its result is no adapter; use merge with a base model"
@@ -238,11 +241,13 @@ def merge_cores(
     """
     options, experts = dict(options), len(cores)
     small, whole = min(cores.shape[1:]), min(shape)
-    if method == "iso_c":  # the mean runs over all singular values, most of them 0
-        return METHODS[method](cores) * small / whole
+    if method == "iso_c":
+        merged = METHODS[method](cores, **options)
+        over_all = options.get("mean_over", "all") == "all"  # singular values, most of them 0
+        return merged * small / whole if over_all else merged
     if method == "tsv":  # it keeps small // experts directions of each: no fewer than there are
         missing = max(experts * min(whole // experts, small) - small, 0)
-        padded = METHODS[method](pad(cores, (0, missing, 0, missing)))
+        padded = METHODS[method](pad(cores, (0, missing, 0, missing)), **options)
         return padded[: cores.shape[1], : cores.shape[2]]
     if method == "swudi":
         kept = math.ceil(options.get("rank_ratio", 0.65) * shape[1])

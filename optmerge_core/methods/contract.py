@@ -80,6 +80,12 @@ def check_choice(name: str, value: object, valid: Iterable[object]) -> None:
         raise ValueError(f"{name} is {value!r}; valid are {', '.join(map(repr, valid))}")
 
 
+def fills(null_directions: str) -> bool:
+    """Whether the option says "fill". Raises a ValueError for what is neither that nor "zero"."""
+    check_choice("null_directions", null_directions, ("zero", "fill"))
+    return null_directions == "fill"
+
+
 def check_share(name: str, value: float, *, zero: bool = False) -> None:
     """Raise a ValueError unless value lies in (0, 1], or in [0, 1) with `zero`."""
     if not (0 <= value < 1 if zero else 0 < value <= 1):

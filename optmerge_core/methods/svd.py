@@ -36,12 +36,41 @@ def truncated_svd(
     return U.to(matrix.dtype), S.to(matrix.dtype), V.mT.to(matrix.dtype)
 
 
-def polar(matrix: Float[Tensor, "m n"]) -> tuple[Float[Tensor, "m n"], Float[Tensor, " r"]]:
+def filled_svd(
+    matrix: Float[Tensor, "m n"], rank: int | None = None, seed: int = 0
+) -> tuple[Float[Tensor, "m k"], Float[Tensor, " k"], Float[Tensor, "k n"]]:
+    """`truncated_svd` in float64 with singular vectors for what is not resolved, too.
+
+    Which null directions those are is arbitrary: an SVD in float32 has what rounding gives. Here
+    they are what Gram-Schmidt leaves of Gaussian columns drawn by 2·seed for U and 2·seed + 1 for
+    V, on the CPU: they hang on the spans of the other vectors alone, not on device or threads.
+    """
+    U, S, Vh = truncated_svd(matrix.double(), rank)
+    return _completed(U, 2 * seed), S, _completed(Vh.mT, 2 * seed + 1).mT
+
+
+def _completed(basis: Float64[Tensor, "m k"], seed: int) -> Float64[Tensor, "m k"]:
+    """The same columns but for those of zeros, in whose place there are orthonormal ones."""
+    given = basis[:, basis.any(dim=0)]
+    missing, generator = basis.shape[1] - given.shape[1], torch.Generator().manual_seed(seed)
+    drawn = torch.randn(len(basis), missing, generator=generator, dtype=torch.float64)
+    Q, R = torch.linalg.qr(torch.cat([given, drawn.to(basis.device)], dim=1))
+    completed: Tensor = Q * R.diagonal().sign()
+    return completed
+
+
+def polar(
+    matrix: Float[Tensor, "m n"], *, fill: bool = False, seed: int = 0
+) -> tuple[Float[Tensor, "m n"], Float[Tensor, " r"]]:
     """P Qᵀ of matrix = P Σ Qᵀ, and Σ: (m, n) -> (m, n), (min(m, n)) descending.
 
     The nearest matrix with orthonormal columns, or rows if there are fewer (Procrustes), made as
-    A V S⁻¹ Vᵀ; accuracy as in `truncated_svd`, and what is not resolved is 0 here too.
+    A V S⁻¹ Vᵀ; accuracy as in `truncated_svd`, and what is not resolved is 0 here too, or with
+    `fill` the directions of `filled_svd`.
     """
+    if fill:
+        P, S, Qh = filled_svd(matrix, seed=seed)
+        return (P @ Qh).to(matrix.dtype), S.to(matrix.dtype)
     if _is_wide(matrix):
         turned, S = polar(matrix.mT)
         return turned.mT, S

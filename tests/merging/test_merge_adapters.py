@@ -32,6 +32,7 @@ def family(tmp_path_factory):
         ("task_arithmetic", {}),
         ("tsv", {}),
         ("iso_c", {}),
+        ("iso_c", {"mean_over": "nonzero"}),
         ("swudi", {}),
         ("wudi", {"optimizer": "sgd", "learning_rate": 1e-2}),
         ("optmerge", {"preset": "lora", "learning_rate": 1e-2}),
@@ -147,6 +148,8 @@ def test_cores_of_any_shape_give_what_the_whole_matrices_give():
         ("optmerge", {"preset": "full"}, "optimizer='sgd'"),
         ("optmerge", {"preset": "full", "optimizer": None}, "optimizer='sgd'"),
         ("aswudi", {}, "no expert uses"),
+        ("tsv", {"null_directions": "fill"}, "tsv with null_directions='fill' leaves the span"),
+        ("iso_c", {"null_directions": "fill"}, "iso_c with null_directions='fill' leaves"),
     ],
 )
 def test_methods_that_leave_the_span_are_refused(family, tmp_path, method, options, reason):

@@ -316,8 +316,8 @@ def test_defaults_are_the_contracts():
         "ties": trimming,
         "dare_task_arithmetic": dropping | {"weights": None},
         "dare_ties": dropping | trimming,
-        "tsv": {},
-        "iso_c": {},
+        "tsv": {"null_directions": "zero"},
+        "iso_c": {"null_directions": "zero", "mean_over": "all"},
         "wudi": descent,
         "optmerge": {"preset": "full", "center": None, "subspace": None, "rank_ratio": None}
         | dict.fromkeys(descent),

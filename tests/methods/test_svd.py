@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from optmerge_core.methods.svd import (
+    filled_svd,
     gram,
     low_rank,
     polar,
@@ -158,3 +159,29 @@ def test_polar_is_the_nearest_with_orthonormal_columns():
 @pytest.mark.parametrize("matrix", MATRICES.values(), ids=list(MATRICES))
 def test_the_row_space_is_that_of_the_low_rank_approximation(matrix):
     assert torch.equal(row_space(matrix, 3), low_rank(matrix, 3)[1])
+
+
+@pytest.mark.parametrize("shape", [(30, 12), (12, 30), (16, 16)])
+@pytest.mark.parametrize("rank", [None, 8])
+@pytest.mark.parametrize("own", [0, 1, 5, 12])
+def test_a_filled_svd_has_orthonormal_vectors_for_null_directions(shape, rank, own):
+    matrix = randn(shape[0], own) @ randn(own, shape[1], seed=1)
+    U, S, Vh = filled_svd(matrix, rank)
+    count = rank or min(shape)
+    identity = torch.eye(count, dtype=torch.float64)
+    torch.testing.assert_close(U.mT @ U, identity, rtol=0, atol=1e-10)
+    torch.testing.assert_close(Vh @ Vh.mT, identity, rtol=0, atol=1e-10)
+    torch.testing.assert_close(S, torch.linalg.svdvals(matrix)[:count], rtol=0, atol=1e-6)
+    expected = low_rank(matrix, count)[0]
+    torch.testing.assert_close((U * S) @ Vh, expected, rtol=0, atol=1e-10)
+
+
+def test_what_fills_null_directions_hangs_on_the_others_span_and_the_seed_alone():
+    left, right = randn(30, 3), randn(3, 12, seed=1)
+    turned = filled_svd(left @ randn(3, 3, seed=2) @ right)
+    U, _, Vh = filled_svd(left @ right)
+    torch.testing.assert_close(turned[0][:, 3:], U[:, 3:])
+    torch.testing.assert_close(turned[2][3:], Vh[3:])
+    other = filled_svd(left @ right, seed=1)
+    assert (other[0][:, 3:] - U[:, 3:]).norm() > 1 and (other[2][3:] - Vh[3:]).norm() > 1
+    assert torch.equal(filled_svd(left @ right)[0], U)
