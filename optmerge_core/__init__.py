@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from optmerge_core.merging.merge_adapters import merge_adapters
     from optmerge_core.merging.plan import MergePlan, load_plan, plan_merge
     from optmerge_core.methods.registry import METHODS
+    from optmerge_core.methods.svc import svc
     from optmerge_core.study.extract import extract_adapter
     from optmerge_core.study.recipe import load_recipe
 
@@ -27,6 +28,7 @@ _HOMES = {
     "open_checkpoint": "checkpoints.open",
     "open_expert": "checkpoints.open",
     "plan_merge": "merging.plan",
+    "svc": "methods.svc",
 }
 """Public name -> its file, imported when the name is first used: torch alone takes two seconds."""
 
@@ -46,6 +48,7 @@ __all__ = [
     "open_checkpoint",
     "open_expert",
     "plan_merge",
+    "svc",
 ]
 
 

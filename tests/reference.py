@@ -228,6 +228,20 @@ def iso_c(task_vectors: Tensor, fill: bool = False) -> Tensor:
     return U @ torch.diag(torch.full_like(S, S.mean().item())) @ Vh
 
 
+def svc(merged: Tensor, task_vectors: Tensor, alpha: float) -> Tensor:
+    """One direction and one expert at a time."""
+    U, S, Vh = torch.linalg.svd(merged, full_matrices=False)
+    result = torch.zeros_like(merged)
+    for u, sigma, v in zip(U.T, S, Vh, strict=True):
+        counts = []
+        for task_vector in task_vectors:
+            own = u @ task_vector
+            s = (u @ merged) @ own / (own @ own) if own.norm() > 0 else torch.zeros(())
+            counts.append(max(alpha, s.item()))
+        result += len(counts) / sum(counts) * sigma * torch.outer(u, v)
+    return result
+
+
 def marchenko_pastur_median(beta: float, cells: int = 100_000) -> float:
     """Median of the density √((b − t)(t − a)) / (2πβt) on [a, b] = [(1 − √β)², (1 + √β)²].
 

@@ -42,8 +42,9 @@ from optmerge_core.merging.checks import (
     with_preset,
 )
 from optmerge_core.merging.report import MergeReport, Record, describe
+from optmerge_core.methods import THEN
 from optmerge_core.methods.optmerge import PRESETS
-from optmerge_core.methods.registry import METHODS
+from optmerge_core.methods.registry import METHODS, calibrated
 from optmerge_core.runtime import Meter, in_order
 
 BASE = "base_model_name_or_path"
@@ -69,8 +70,8 @@ def merge_adapters(
 
     experts: name -> adapter folder or hub id. Equal to `merge` of the same adapters up to rounding.
     Methods: weight_average, task_arithmetic, tsv, iso_c, swudi, and with SGD or ridge wudi and
-    optmerge (preset lora unless told otherwise). The others raise `ValueError`, which says why,
-    and so does null_directions="fill".
+    optmerge (preset lora unless told otherwise), SVC after any. The others raise `ValueError`,
+    which says why, and so does null_directions="fill".
     base_model: folder or hub id, needed where an adapter began by changing it (PiSSA, OLoRA).
     Returns the folder: adapter_model.safetensors (float32) and adapter_config.json, scale 1, with
     merge_report.json and a model card.
@@ -237,10 +238,18 @@ def merge_cores(
     """METHODS[method] of the cores (experts, p, q), with its settings those of the whole `shape`.
 
     What a method takes from the shape (a share of the rank, a mean over all singular values or all
-    entries) is translated; nothing else depends on it.
+    entries) is translated; nothing else depends on it, and not what follows the method either.
     """
-    options, experts = dict(options), len(cores)
-    small, whole = min(cores.shape[1:]), min(shape)
+    options = dict(options)
+    then = options.pop(THEN, None)
+    return calibrated(then, method, _merged_cores(cores, method, options, shape), cores)
+
+
+def _merged_cores(
+    cores: Tensor, method: str, options: dict[str, Any], shape: tuple[int, ...]
+) -> Tensor:
+    """The same without what follows."""
+    experts, small, whole = len(cores), min(cores.shape[1:]), min(shape)
     if method == "iso_c":
         merged = METHODS[method](cores, **options)
         over_all = options.get("mean_over", "all") == "all"  # singular values, most of them 0

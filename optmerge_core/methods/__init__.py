@@ -22,6 +22,9 @@ FILES = {
 }
 """Method -> the file of its formula; `registry.METHODS` has the functions."""
 
+THEN = "then"
+"""The option that all methods have: `registry.calibrated` follows them."""
+
 
 def check_names(method: str, options: Iterable[str] = ()) -> None:
     """Raise `ValueError` for a method or an option that does not exist, naming those that do.
@@ -33,7 +36,8 @@ def check_names(method: str, options: Iterable[str] = ()) -> None:
     source = Path(__file__).with_name(f"{FILES[method]}.py").read_text(encoding="utf-8")
     for function in ast.parse(source).body:
         if isinstance(function, ast.FunctionDef) and function.name == method:
-            check_options_exist(method, options, [x.arg for x in function.args.kwonlyargs])
+            own = [*(x.arg for x in function.args.kwonlyargs), THEN]
+            check_options_exist(method, options, own)
 
 
 def no_method(name: str) -> ValueError:

@@ -27,7 +27,7 @@ from pydantic import (
 
 from optmerge_core.checkpoints import HUB_ID, URL
 from optmerge_core.merging.families import FAMILIES
-from optmerge_core.methods import check_names
+from optmerge_core.methods import THEN, check_names
 from optmerge_core.study import mergekit
 from optmerge_core.study.parsing import numeric, parse
 
@@ -88,7 +88,7 @@ class _Strict(BaseModel):
 
     @field_validator(
         *("parameters", "method_options", "seed", "scaling_coefficients"),
-        *("validation_samples", "test_samples"),
+        *("validation_samples", "test_samples", "then"),
         mode="before",
         check_fields=False,
     )
@@ -147,6 +147,7 @@ class Recipe(_Strict):
     router: Literal["merge", "base"] = "merge"  # a mixture's: by the same method, or the base's
     processor: str | None = None  # base, an expert's name or a folder; None: merging/processor.py
     chat_template: str | None = None  # auto, or a template in Jinja, in the place of its own
+    then: str | dict[str, Any] | None = None  # svc, after every method
     trust_remote_code: bool = False  # run the Python files in a checkpoint to load its model
     evaluation: Evaluation = Evaluation()
     method_options: dict[str, dict[str, Any]] = {}
@@ -219,10 +220,11 @@ class Recipe(_Strict):
         """Options of a method (default: the recipe's), from `parameters` and `method_options`.
 
         `parameters`, and what stands beside the models, belong to the recipe's own method;
-        `mergekit` says what they mean.
+        `mergekit` says what they mean. `then` is every method's.
         """
         method = self.method(method)
-        own = dict(self.method_options.get(method, {}))
+        own = {} if self.then is None else {THEN: self.then}
+        own |= self.method_options.get(method, {})
         if method != self.merge_method:
             return own
         beside = [expert.parameters for expert in self._experts()]

@@ -9,7 +9,15 @@ import torch
 import yaml
 
 from optmerge_core import __main__ as command
-from optmerge_core import load_recipe
+from optmerge_core import (
+    join,
+    load_plan,
+    load_recipe,
+    merge_part,
+    open_checkpoint,
+    plan_merge,
+    svc,
+)
 from optmerge_core.benchmark.experiments import seeds, subsets
 from optmerge_core.benchmark.tasks.samples import TASKS
 from optmerge_core.merging import merge as merging
@@ -17,6 +25,7 @@ from optmerge_core.methods.registry import METHODS
 from optmerge_core.study import open as opening
 from optmerge_core.study.open import open_study, settings, settings_in_memory
 from optmerge_core.study.sweep import sweep
+from optmerge_core.task_vectors.stack import apply
 
 RECIPES = Path(__file__).resolve().parents[2] / "data" / "recipes"
 SAID = {
@@ -107,6 +116,51 @@ def test_every_reader_of_a_recipe_merges_by_all_that_it_says(recipe, calls, tmp_
     assert command.main(["inspect", path]) == 0
     assert calls.pop() == {"method": "ties", "options": {}, "scaling_coefficient": 0.5}
     assert not calls
+
+
+@pytest.mark.parametrize("method", ["ties", "task_arithmetic", "tsv"])
+def test_svc_follows_on_every_route(tiny, recipe, tmp_path, method):
+    """In memory, by the command, and in parts by a plan in a file; the report's recipe has it."""
+    linear = {"scope": "linear", "trim": "tensor", "family": "internvl", "dtype": "float32"}
+    path = recipe(then="svc", **linear)
+    study = open_study(load_recipe(path))
+    task_vectors, alpha = study.task_vectors(), 1.0 if method == "tsv" else 1 / 3
+    merged = study.merge_tensors(method)
+    for name in study.names:
+        plain = METHODS[method](task_vectors[name])
+        assert torch.equal(merged[name], svc(plain, task_vectors[name], alpha))
+        assert not torch.allclose(merged[name], plain)
+
+    assert (
+        command.main(["merge", str(path), "--output", f"{tmp_path}/out", "--method", method]) == 0
+    )
+    written = open_checkpoint(tmp_path / "out")
+    for name in study.names:
+        assert torch.equal(written[name], apply(study.base[name].float(), merged[name], 0.5))
+    plan = plan_merge(
+        tiny.base,
+        tiny.experts,
+        tmp_path / "parts",
+        max_part_size="10KB",
+        **settings(study.recipe, method),
+    )
+    plan = load_plan(plan.save(tmp_path / "plan.json"))
+    assert len(plan.parts) > 2
+    for part in range(len(plan.parts)):
+        merge_part(plan, part)
+    again = join(plan).recipe()
+    parts = open_checkpoint(tmp_path / "parts")
+    assert all(torch.equal(parts[name], written[name]) for name in written)
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(again))
+    assert load_recipe(tmp_path / "again.yaml").options() == {"then": "svc"}
+
+
+def test_a_method_may_have_nothing_follow_it(tiny, recipe, tmp_path):
+    path = recipe(then="svc", method_options={"ties": {"then": None}}, dtype=None, scope="linear")
+    study = open_study(load_recipe(path))
+    report = merging.merge(tiny.base, tiny.experts, tmp_path / "out", **settings(study.recipe))
+    norms = {name: float(x.norm()) for name, x in study.merge_tensors(method_options={}).items()}
+    assert {r["name"]: r["merged_norm"] for r in report.parameters} == pytest.approx(norms)
 
 
 def test_a_study_has_what_merge_merges(tiny, recipe, tmp_path):

@@ -172,6 +172,8 @@ def test_options_for_studies_that_run_all_methods(write):
             "together under method_options.dare_ties",
         ),
         ({"method_options": {"ties": {"k": 1}}}, "k.*density"),
+        ({"then": "svd"}, r"then 'svd': write svc, or \{svc: \{alpha: 0.5\}\}"),
+        ({"then": {"svc": {"alpha": 0}}}, "alpha is 0; it must be a positive number"),
         ({"method_options": {"tiess": {}}}, "tiess"),
         ({"dtype": "int4"}, "dtype: .*bfloat16"),
         ({"family": "unheard"}, "family: .*internvl"),
