@@ -20,6 +20,7 @@ from optmerge_core.checkpoints.formats import dtype_name
 from optmerge_core.checkpoints.names import TOWER, is_stack, layer_index, module_kind
 from optmerge_core.checkpoints.weights import Weights
 from optmerge_core.merging.checks import check_finite_stack
+from optmerge_core.methods.svc import counted
 from optmerge_core.methods.svd import truncated_svd
 from optmerge_core.runtime import in_order
 from optmerge_core.study.findings import ADAPTER, Diagnosis, find
@@ -29,10 +30,10 @@ from optmerge_core.task_vectors.tables import parameter_row
 
 BLOCK = 1 << 16  # entries at a time: fits a core's cache, and float32 sums of it keep six digits
 ROUNDING_SAMPLE = 1 << 16  # entries of a parameter whose unit in the last place is looked at
-# Floating-point operations to spend on spectra: about 500 seconds of one core. It is enough for all
-# layers of a 1B model with five experts; one layer of a 7B model takes three times that.
+# Floating-point operations to spend on spectra: about 500 seconds of one core. It is enough for two
+# thirds of a 1B model's layers with five experts; one layer of a 7B model takes four times that.
 SPECTRA_BUDGET = 1e13
-SUMS = ["base2", "norm2", "dot", "zeros", "stored", "noise2"]
+SUMS = ["base2", "norm2", "dot", "zeros", "stored", "noise2", "alone", "summed"]
 RANKS = ["full_rank", "rank", "entropy_rank"]
 
 
@@ -98,7 +99,8 @@ def _sample_layers(shapes: Mapping[str, tuple[int, ...]], experts: int, budget: 
         layer = layer_index(name)
         if len(shape) == 2 and layer is not None:
             small, large = sorted(shape)
-            cost = experts * (4 * small**2 * large + 10 * small**3)
+            decomposed = 4 * small**2 * large + 10 * small**3  # the experts and their sum
+            cost = (experts + 1) * decomposed + 2 * experts * small**2 * large
             costs[layer] = costs.get(layer, 0) + cost
     if not costs:
         return []
@@ -152,7 +154,11 @@ def _rounding(name: str, base: Tensor, task_vector: Tensor, dtype: torch.dtype |
 
 
 def _spectra(stack: Tensor, rounding: list[float]) -> dict[str, Any]:
-    """Ranks of every expert's task vector and the input directions that two experts share."""
+    """Ranks of all task vectors, the input directions that two experts share, and SVC's s.
+
+    Of that, over the directions of the experts' sum, each expert's energy in them, `alone`, and as
+    the sum counts it, once at least, `summed`: (experts,).
+    """
     rows, columns = stack.shape[1:]
     ranks: list[dict[str, Any]] = []
     bases, count = [], max(1, min(rows, columns) // len(stack))
@@ -166,7 +172,9 @@ def _spectra(stack: Tensor, rounding: list[float]) -> dict[str, Any]:
         bases.append(directions[:count])
     count = min([count, *(r["rank"] for r in ranks if r["rank"])])
     shared = spectra.basis_overlap(torch.stack([basis[:count] for basis in bases]))
-    return {"ranks": ranks, "shared": shared.double(), "chance": count / columns}
+    *_, energy, inner = counted(stack.sum(0), stack)
+    sums = {"alone": energy.sum(1), "summed": torch.maximum(inner, energy).sum(1)}
+    return {"ranks": ranks, "shared": shared.double(), "chance": count / columns} | sums
 
 
 def _compare_outside(
@@ -236,6 +244,8 @@ def _tables(
                 "zeros": m["unchanged"][number].item() if counted else math.nan,
                 "stored": m["size"] if counted else math.nan,
                 "noise2": m["rounding"][number],
+                "alone": m["alone"][number].item() if "alone" in m else math.nan,
+                "summed": m["summed"][number].item() if "summed" in m else math.nan,
             }
             rows.append(row | (m["ranks"][number] if "ranks" in m else dict.fromkeys(RANKS)))
     sums = pd.DataFrame(rows).astype(dict.fromkeys(RANKS, float))
@@ -270,6 +280,7 @@ def _quotients(sums: pd.DataFrame) -> pd.DataFrame:
         ),
         "unchanged": _quotient(sums["zeros"], sums["stored"]),
         "rounding": _quotient(sums["noise2"], sums["norm2"]).clip(upper=1),
+        "counted": _quotient(sums["summed"], sums["alone"]),
     }
     return pd.DataFrame(table)
 

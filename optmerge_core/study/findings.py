@@ -316,7 +316,8 @@ class Diagnosis:
         base_norm, norm, relative_norm (norm / base_norm), cosine_with_base (of the expert's weights
         with the base's), unchanged (share of entries equal to the base's), rounding (share of
         norm² that rounding to the stored dtype explains), and in the sampled layers full_rank,
-        rank (singular values above the rounding noise) and entropy_rank.
+        rank (singular values above the rounding noise), entropy_rank and counted (how often the
+        experts' sum counts its directions: the mean of max(1, s) of `svc`, weighted by its energy).
     layers: relative norm, a row per layer of the language model and a column per expert.
     experts: the same quantities for whole experts, with changed (share of the merging parameters
         that differ from the base at all), others (‖sum of the other task vectors‖ / base_norm) and

@@ -39,12 +39,14 @@ def show(study: Study, console: Console) -> None:
     diagnosis = study.diagnose()
     columns = ["stored", "relative_norm", "others", "unchanged", "rounding"]
     ranks = diagnosis.experts[["rank", "entropy_rank", "full_rank"]].map("{:.0f}".format)
+    ranks["counted"] = diagnosis.experts["counted"].map("{:.2f}".format)
     _print_table(
         console,
         "task vectors",
         diagnosis.experts[columns].join(ranks).rename_axis("expert").reset_index(),
         "relative_norm: of the base's; others: what the other experts add in a sum, likewise; "
-        "unchanged: entries equal to the base's; rounding: share of the energy that is noise",
+        "unchanged: entries equal to the base's; rounding: share of the energy that is noise; "
+        "counted: how often a sum counts its directions (1.00: shared with no other; see svc)",
     )
     layers = diagnosis.layers.rename_axis(columns=None).reset_index()
     _print_table(console, "relative norm by layer", layers)

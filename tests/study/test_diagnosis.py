@@ -41,6 +41,20 @@ def test_a_case_by_hand():
     assert len(found.dropped) == 1
 
 
+def test_how_often_a_sum_counts_directions_by_hand():
+    """diag(1, 1) and diag(3, 0): along e1 s is 4 and 4/3, along e2 the first has 1 for its 1."""
+    name, other = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"
+    base = {n: torch.zeros(2, 2) for n in (name, other)}
+    a = {name: torch.eye(2), other: torch.diag(torch.tensor([0.0, 3.0]))}
+    b = {name: torch.diag(torch.tensor([3.0, 0.0])), other: torch.diag(torch.tensor([4.0, 0.0]))}
+    found = diagnose(base, {"a": a, "b": b}, [name, other])
+    assert found.parameters["counted"].tolist() == pytest.approx([5 / 2, 12 / 9, 1, 1])
+    assert found.experts["counted"].tolist() == pytest.approx([(5 + 9) / (2 + 9), (12 + 16) / 25])
+    opposed = {n: -x for n, x in a.items()}
+    found = diagnose(base, {"a": a, "b": {n: 0.5 * x for n, x in opposed.items()}}, [name, other])
+    assert found.experts["counted"].tolist() == [1, 1]  # what cancels is not counted more
+
+
 @pytest.mark.parametrize("owner", ["the base", "expert a"])
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_what_is_not_finite_is_named(owner, value):
