@@ -70,8 +70,7 @@ def merge_adapters(
 
     experts: name -> adapter folder or hub id. Equal to `merge` of the same adapters up to rounding.
     Methods: weight_average, task_arithmetic, tsv, iso_c, swudi, and with SGD or ridge wudi and
-    optmerge (preset lora unless told otherwise), SVC after any. The others raise `ValueError`,
-    which says why, and so does null_directions="fill".
+    optmerge (preset lora unless told otherwise), SVC after any. Others raise `ValueError` with why.
     base_model: folder or hub id, needed where an adapter began by changing it (PiSSA, OLoRA).
     Returns the folder: adapter_model.safetensors (float32) and adapter_config.json, scale 1, with
     merge_report.json and a model card.
