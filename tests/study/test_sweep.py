@@ -65,6 +65,12 @@ def test_the_product_over_recipes_with_each_recipes_own_where_no_axis_is(recipe)
     assert len(points([first], {"lambda": [1, 1.0]})) == 1
 
 
+def test_what_follows_a_method_is_an_axis(recipe):
+    found = points([recipe(then="svc")], {"then": ["svc", None], "method": ["tsv"]})
+    assert [point.options for point in found] == [{"then": "svc"}, {"then": None}]
+    assert points([recipe(then="svc")], {"method": ["tsv"]})[0].options == {"then": "svc"}
+
+
 def test_what_a_method_does_not_have_is_left_out_with_a_notice(recipe):
     axes = {"method": ["ties", "optmerge", "linear"], "rank_ratio": [0.2]}
     with pytest.warns(UserWarning, match="ties has no rank_ratio; weight_average has no rank_rat"):
