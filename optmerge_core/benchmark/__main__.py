@@ -21,6 +21,7 @@ COMMANDS = {
     "omni-seeds": "experiments.omni_seeds:main",
     "subsets": "experiments.subsets:main",
     "ranks": "experiments.ranks:main",
+    "null-directions": "experiments.null_directions:main",
     "learning-rates": "experiments.learning_rates:main",
     "smol-texts": "experiments.knowledge:main",
 }
@@ -86,6 +87,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("recipes", metavar="RECIPE", nargs="+")
     sub.add_argument("--output", required=True)
     add("ranks", "RECIPE's study with other ranks, and none: OUTPUT/ranks.csv", "recipe", "output")
+    text = "TSV and Iso-C where experts have no direction: OUTPUT/null_directions.csv"
+    sub = add("null-directions", text, "recipe", "output")
+    sub.add_argument("--count", type=int, help="validation questions a task")
     text = "RECIPE's experts at several learning rates: OUTPUT/learning_rates.csv"
     add("learning-rates", text, "recipe", "output").add_argument("--rates", nargs="+", type=float)
     return whole

@@ -23,6 +23,7 @@ GIVEN = {
     "omni-seeds": f"{RECIPE} out --seeds 1 2",
     "subsets": f"{RECIPE} {RECIPE} --output out",
     "ranks": f"{RECIPE} out",
+    "null-directions": f"{RECIPE} out --count 20",
     "learning-rates": f"{RECIPE} out --rates 1e-3 2e-3",
 }
 
