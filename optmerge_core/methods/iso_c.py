@@ -18,8 +18,9 @@ def iso_c(
     null_directions     where the sum has no direction (of adapters: all but Σ r), it stays 0
                         ("zero"), or "fill": gets the mean too, in the directions of `filled_svd`;
                         the released code does that, in those that rounding in float32 leaves it
-    mean_over           "all" min(m, n) singular values, or the "nonzero" ones (Σ r of adapters),
-                        which makes the result longer by min(m, n) / Σ r
+    mean_over           "all" min(m, n) singular values, or the "nonzero" ones (Σ r of adapters; all
+                        of whole models in half precision, by their rounding), which makes the
+                        result longer by min(m, n) / Σ r
     """
     check_choice("mean_over", mean_over, ("all", "nonzero"))
     total = task_vectors.sum(dim=0, dtype=torch.float64)

@@ -1,7 +1,7 @@
 """What do directions that no expert has do to TSV and Iso-C, for adapters and for whole models?
 
-`python -m optmerge_core.benchmark null-directions RECIPE OUT` writes OUT/null_directions.csv (five
-minutes on two cores for a shipped recipe): how experts are stored, variant, scaling coefficient and
+`python -m optmerge_core.benchmark null-directions RECIPE OUT` writes OUT/null_directions.csv (three
+minutes for the shipped recipe qwen2_vl): how experts are stored, variant, scaling coefficient and
 average validation accuracy, over the recipe's grid alone, as in the paper. Adapters published as
 whole models in half precision have noise where a product of factors has nothing.
 """
