@@ -30,7 +30,7 @@ class Dequantised(Renamed):
     """A checkpoint in FP8 as float32 weights: each is the product of number and scale."""
 
     def __init__(self, weights: Weights, settings: dict[str, Any]):
-        self.block = settings.get("weight_block_size")
+        self.block: list[int] = settings.get("weight_block_size") or [0, 0]
         self.scales = {name: scale for name in weights if (scale := name + SCALE) in weights}
         aside = {*self.scales.values(), *(n for n in weights if n.endswith(ACTIVATION))}
         super().__init__(weights, {name: name for name in weights if name not in aside})
@@ -42,8 +42,7 @@ class Dequantised(Renamed):
     ) -> None:
         if math.prod(scales) == 1:
             return
-        blocks = self.block or (0, 0)
-        expected = [math.ceil(n / b) for n, b in zip(shape[-2:], blocks, strict=True) if b]
+        expected = [math.ceil(n / b) for n, b in zip(shape[-2:], self.block, strict=True) if b]
         if [*scales] != [*shape[:-2], *expected]:
             raise CheckpointError(
                 f"{self.folder}: {scale} has shape {scales} beside {name} of {shape}, which does "

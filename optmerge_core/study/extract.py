@@ -77,12 +77,8 @@ def extract_adapter(
                     writer.add(f"{PREFIX}{modules[name]}.{factor}.weight", tensor.contiguous())
         if not energy:
             raise ValueError(f"{expert} has the base's matrices: there is nothing to extract")
-        settings = {
-            "peft_type": "LORA", "r": rank, "lora_alpha": rank, "inference_mode": True,
-            "target_modules": [modules[name] for name in energy],
-            "base_model_name_or_path": str(base_model),
-        }  # fmt: skip
         writer.digests()
+        settings = _settings(base_model, rank, [modules[name] for name in energy])
         writer.write_text(ADAPTER_CONFIG, json.dumps(settings, indent=2) + "\n")
         report = _report(opened.base, opened.experts["expert"], matrices, energy)
         report = {"base_model": str(base_model), "expert": str(expert), "rank": rank} | report
@@ -93,6 +89,14 @@ def extract_adapter(
             "that no factors are made for (norms, biases, embeddings, towers, stacks of experts)"
         )
     return Path(output_dir)
+
+
+def _settings(base_model: str | Path, rank: int, modules: list[str]) -> dict[str, object]:
+    """adapter_config.json."""
+    return {
+        "peft_type": "LORA", "r": rank, "lora_alpha": rank, "inference_mode": True,
+        "target_modules": modules, "base_model_name_or_path": str(base_model),
+    }  # fmt: skip
 
 
 def _modules(base: Weights, names: list[str]) -> dict[str, str]:
