@@ -320,18 +320,26 @@ def test_tower_base_and_experts_are_trained_one_after_the_other(small, tmp_path,
     """A step or two of each by the command's own function, from nothing to an expert's adapter."""
     monkeypatch.setattr(build, "SMOL", {
         "tower": {"learning_rate": 1e-3, "steps": 2, "batch": 2, "seed": 0},
-        "base": {"learning_rate": 1e-2, "steps": 2, "batch": 2, "seed": 0, "rank": 2},
+        "stage": {"learning_rate": 1e-2, "steps": 2, "batch": 2, "seed": 0, "rank": 2},
+        "base": {"learning_rate": 1e-12, "steps": 2, "batch": 2, "seed": 1, "rank": 2},
     })  # fmt: skip
     short = {"learning_rate": 1e-2, "steps": 2, "rank": 2, "batch": 2}
     monkeypatch.setitem(build.REGIMES, "smol", {"lora": short})
     monkeypatch.setattr(build.smol, "build_model", smol.build_model)
     monkeypatch.setattr(tower.Words, "__init__", partialmethod(tower.Words.__init__, count=20))
-    for name in ("tower", "base", "lora/OCR"):
+    for name in ("tower", "stage", "base", "lora/OCR"):
         build.build(tmp_path, "smol", only=name)
         log = json.loads((tmp_path / f"{name}.json").read_text())
         assert log["samples"] == 4 and np.isfinite(log["loss"]).all()
-    towers = [load_file(tmp_path / place / "sight.safetensors") for place in ("tower", "")]
+    towers = [load_file(tmp_path / place / "sight.safetensors") for place in ("tower", "stage", "")]
     assert any(not torch.equal(t, towers[1][n]) for n, t in towers[0].items())  # it learns on
+    assert all(torch.equal(t, towers[1][n]) for n, t in towers[2].items())  # at a rate of nothing
+    learnt, kept = (
+        load_file(tmp_path / place / "adapter_model.safetensors")
+        for place in ("stage", "base_adapter")
+    )
+    assert learnt.keys() == kept.keys() and any("lora_B" in n and t.any() for n, t in kept.items())
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in learnt.items())
     built = (tmp_path / "base" / "model.safetensors").read_bytes()
     log = json.loads((tmp_path / "base.json").read_text())
     assert log["sha256"] == hashlib.sha256(built).hexdigest() and log["build"] == smol.BUILD

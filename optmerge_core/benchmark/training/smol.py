@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
@@ -22,6 +22,7 @@ from optmerge_core.benchmark.tasks.english.samples import TASKS, sample
 from optmerge_core.benchmark.training import tower
 from optmerge_core.benchmark.training.chat import chat_batches, chat_loss, shipped_conversations
 from optmerge_core.benchmark.training.loop import Collate, batches, descend
+from optmerge_core.checkpoints.formats import ADAPTER_NAME
 from optmerge_core.merging.families import mergeable
 
 TOWER_TASKS = {"VQA": 1.0, "Geometry": 0.7, "Chart": 1.0, "OCR": 2.3, "Grounding": 1.0}
@@ -126,15 +127,18 @@ def answer_loss(model, batch):
     return cross_entropy(words.float(), targets[asked])
 
 
-def train_base(tower_file, *, steps, batch, rank, learning_rate, seed, state=None):
+def train_base(before, *, steps, batch, rank, learning_rate, seed, state=None):
     """Adapter, tower and projector of a base that answers easy questions of all kinds, and chats.
 
-    A batch of conversations every CHAT_EVERY steps; tower and projector, which have learnt what
-    they name, go on at SIGHT_RATE of the rate. Returns the PEFT model and its losses.
+    before: a folder with the sight.safetensors that it starts from, and the adapter if there is
+    one. A batch of conversations every CHAT_EVERY steps; tower and projector, which have learnt
+    what they name, go on at SIGHT_RATE of the rate. Returns the PEFT model and its losses.
     """
     processor = build_processor()
-    model = load_sight(build_model(processor.tokenizer, seed), tower_file)
+    model = load_sight(build_model(processor.tokenizer, seed), Path(before, "sight.safetensors"))
     peft = adapted(model, rank, seed)
+    if (learnt := Path(before, ADAPTER_NAME)).exists():
+        set_peft_model_state_dict(peft, load_file(learnt))
     seen = sight(model)
     for parameter in seen.values():
         parameter.requires_grad_(True)
