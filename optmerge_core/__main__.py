@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optmerge_core.errors import exit_status
+from optmerge_core.errors import exit_status, extra
 
 if TYPE_CHECKING:
     from optmerge_core.study.recipe import Recipe
@@ -94,7 +94,7 @@ def _check(options: argparse.Namespace, recipe: Recipe) -> None:
     from optmerge_core.merging.templates import processor_class
 
     model_class = None
-    with suppress(ImportError):  # which the check itself tells
+    with suppress(ImportError), extra("models"):  # which the check itself tells
         import transformers
 
         if recipe.merges == "modalities":

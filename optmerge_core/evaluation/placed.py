@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from peft import PeftConfig
-from transformers import PreTrainedModel
-
 from optmerge_core.checkpoints.adapters import parameter_of
 from optmerge_core.checkpoints.folder import Checkpoint
 from optmerge_core.checkpoints.names import PREFIX
 from optmerge_core.checkpoints.weights import as_weights
+from optmerge_core.errors import extra
+
+with extra("models"):
+    from peft import PeftConfig
+    from transformers import PreTrainedModel
 
 
 def placed(adapter: Checkpoint, model: PreTrainedModel) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Chat templates that mergekit calls by name, in the formats' own words."""
