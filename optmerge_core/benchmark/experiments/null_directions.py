@@ -18,6 +18,7 @@ from optmerge_core.evaluation.questions import load_split
 from optmerge_core.methods.registry import METHODS
 from optmerge_core.study.open import open_study
 from optmerge_core.study.recipe import load_recipe
+from optmerge_core.task_vectors.tables import cosine, inner
 
 STORED = {"adapter": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 """How an expert is stored: as its factors, or as a whole model of a dtype."""
@@ -54,16 +55,6 @@ def merge_variants(opened, stored):
     return merged
 
 
-def compare(found, reference):
-    """(norm of a merged task vector in that of a reference, their cosine), over all names."""
-    pairs = [(found[name].double(), own.double()) for name, own in reference.items()]
-    inner, square, own = (
-        sum(torch.sum(pair[i] * pair[j]).item() for pair in pairs)
-        for i, j in ((0, 1), (0, 0), (1, 1))
-    )
-    return (square / own) ** 0.5, inner / (square * own) ** 0.5
-
-
 def score_variants(study, count=None):
     """A row per way of storing, variant and scaling coefficient of the recipe's.
 
@@ -81,9 +72,10 @@ def score_variants(study, count=None):
         merged = merge_variants(opened, stored)
         exact = exact or merged
         for label, (method, _) in VARIANTS.items():
-            norm, cosine = compare(merged[label], exact[method])
+            found, own = merged[label], exact[method]
+            norm = (inner(found, found) / inner(own, own)) ** 0.5
             row = {"study": study.name, "stored": stored, "variant": label}
-            row |= {"norm": norm, "cosine": cosine}
+            row |= {"norm": norm, "cosine": cosine(found, own)}
             for scaling in study.scaling_coefficients:
                 answers = evaluator.answer_merged(opened.base, merged[label], scaling)
                 score = {"scaling_coefficient": scaling, "accuracy": accuracy(answers)["Avg"]}
