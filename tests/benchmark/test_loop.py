@@ -11,8 +11,12 @@ from optmerge_core.benchmark.training import loop
 STEPS = 7
 
 
-def descent(state=None, until=STEPS):
-    """A linear regression by noisy batches, stopped before step `until`: its weight and losses."""
+def descent(state=None, until=STEPS, muon=False):
+    """A linear regression by noisy batches, stopped before step `until`: its weight and losses.
+
+    muon: the weight is a product with a matrix that Muon trains.
+    """
+    matrix = torch.nn.Parameter(torch.tensor([[1.0, 0.5], [0.0, 1.0]]))
     weight = torch.nn.Parameter(torch.tensor([2.0, -1.0]))
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(4, 2, generator=generator) for _ in range(STEPS)]
@@ -20,25 +24,41 @@ def descent(state=None, until=STEPS):
     def loss_of(batch):
         if batch is batches[min(until, STEPS - 1)] and until < STEPS:
             raise KeyboardInterrupt
-        return (batch @ weight - 1).square().mean()
+        return (batch @ (matrix @ weight) - 1).square().mean()
 
     losses = loop.descend(
-        loss_of, [weight], iter(batches), learning_rate=0.1, steps=STEPS, state=state
-    )
-    return weight.detach(), losses
+        loss_of, [weight], iter(batches), learning_rate=0.1, steps=STEPS, state=state,
+        matrices=[matrix] if muon else (),
+    )  # fmt: skip
+    return torch.cat([weight[None], matrix]).detach(), losses
 
 
-def test_an_interrupted_descent_goes_on_to_the_same_end(tmp_path, monkeypatch):
+@pytest.mark.parametrize("muon", (False, True))
+def test_an_interrupted_descent_goes_on_to_the_same_end(tmp_path, monkeypatch, muon):
     monkeypatch.setattr(loop, "KEPT", 2)
     state = tmp_path / "model.state.pt"
-    whole, losses = descent()
+    whole, losses = descent(muon=muon)
     assert loop.spent(state) == 0 == loop.spent(None)
     with pytest.raises(KeyboardInterrupt):
-        descent(state, until=5)
+        descent(state, until=5, muon=muon)
     assert [path.name for path in tmp_path.iterdir()] == [state.name]
     assert len(torch.load(state, weights_only=True)["losses"]) == 4 and loop.spent(state) > 0
-    resumed, found = descent(state)
+    resumed, found = descent(state, muon=muon)
     assert found == losses and torch.equal(resumed, whole)
+
+
+def test_muon_steps_a_matrix_by_an_orthogonal_one():
+    """The first step's momentum is the gradient; all its singular values become about one."""
+    start = torch.tensor([[1.0, 0.5, 0.0], [0.0, 1.0, 2.0]])
+    matrix, bias = torch.nn.Parameter(start.clone()), torch.nn.Parameter(torch.zeros(2))
+    inputs = torch.tensor([[1.0, 2.0, 3.0], [3.0, -1.0, 0.5]])
+    loop.descend(
+        lambda _: (inputs @ matrix.T + bias - 1).square().sum(), [bias], iter([None]),
+        learning_rate=0.1, steps=1, warmup=0.0, matrices=[matrix],
+    )  # fmt: skip
+    step = (start - matrix.detach()) / (0.1 * 0.2 * np.sqrt(3))  # the longer side: AdamW's RMS
+    assert torch.linalg.svdvals(step).numpy() == pytest.approx(1, abs=0.35)
+    assert bias.detach().abs().numpy() == pytest.approx(0.1)
 
 
 def samples(lengths):

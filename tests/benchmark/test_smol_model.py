@@ -17,7 +17,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig
 
 from optmerge_core.benchmark.models import smol
 from optmerge_core.benchmark.models.internvl import TOKENS
-from optmerge_core.benchmark.tasks.english.drawing import CELLS
+from optmerge_core.benchmark.tasks.english import lettering, writing
+from optmerge_core.benchmark.tasks.english.drawing import CELLS, reserved
 from optmerge_core.benchmark.tasks.english.samples import sample
 from optmerge_core.benchmark.training import build, chat, tower
 from optmerge_core.benchmark.training.loop import Collate, save
@@ -272,11 +273,11 @@ def test_features_that_are_the_right_word_cost_nothing():
 def test_a_cell_s_target_is_its_words_the_first_most_and_its_place(processor):
     words = tower.Words(processor.tokenizer, count=1)
     ids = words.ids.tolist()
-    drawn = sample("VQA", "train", 0, tower.LEVELS[0], seed=77)
+    drawn = tower.picture("VQA", "train", 0, tower.LEVELS[0], seed=77)
     target = words.target(drawn)
     assert target.shape == (CELLS**2, len(ids)) and target.min() == 0
     assert target.sum(axis=1) == pytest.approx(1)
-    known = [w for line in tower.words_of(drawn).values() for w in line]
+    known = [w for line in tower.words_of(drawn).values() for (w,) in line]
     one, two = [w.strip() for w in dict.fromkeys(known) if len(words.tokens(w)) == 1][:2]
     (line,) = words.target(SimpleNamespace(cells={(2, 3): [one, two]}))[[2 * CELLS + 3]]
     expected = dict.fromkeys((words.tokens(" C")[-1], words.tokens(" 3")[-1]), tower.PLACE / 2)
@@ -284,6 +285,28 @@ def test_a_cell_s_target_is_its_words_the_first_most_and_its_place(processor):
         (token,) = words.tokens(word if len(word) == 1 else f" {word}")
         expected[token] = (1 - tower.PLACE) * share
     assert {ids[i]: line[i] for i in line.nonzero()[0]} == pytest.approx(expected)
+
+
+def test_a_cell_spells_its_letters_and_digits_in_order():
+    cells = {(0, 0): ["47", "pink"], (0, 1): ["o", "o", "K"], (0, 2): ["$", "8"], (0, 3): []}
+    found = tower.words_of(SimpleNamespace(cells=cells))
+    assert [found[0, column] for column in range(5)] == [
+        [["4", " seven"], [" pink"]],
+        [["o"], [" o"], [" K"]],
+        [["$"], [" eight"]],
+        [[tower.EMPTY]],
+        [[tower.EMPTY]],
+    ]
+
+
+def test_the_tower_reads_pages_that_show_nothing_kept_for_the_test():
+    page = tower.picture("OCR", "train", 1, "full", seed=0)
+    assert page.turns == [] and len(page.cells) > 10
+    assert tower.picture("OCR", "train", 2, "full", seed=0).turns
+    read = {i: "".join(sum(writing.page(np.random.default_rng(i), "test").cells.values(), []))
+            for i in range(20)}  # fmt: skip
+    held = [w for w in lettering.words("words") if len(w) > 5 and reserved("word", w)]
+    assert not [w for w in held for text in read.values() if w in text.lower()]
 
 
 def test_conversations_come_padded_each_once_a_round_in_the_seed_s_order(processor):

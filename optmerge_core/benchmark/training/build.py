@@ -13,7 +13,7 @@ BASES = {  # Qwen2-VL starts from the other family's language model
     "qwen2_vl": {"learning_rate": 2e-3, "steps": 2500, "seed": 100, "start": "../internvl/base"},
 }
 SMOL = {  # what comes before its experts, each from the one before; SmolLM2 itself is not trained
-    "tower": {"learning_rate": 1e-3, "steps": 7000, "batch": 24, "seed": 0},
+    "tower": {"learning_rate": 2e-3, "steps": 6000, "batch": 24, "seed": 0},
     "stage": {"learning_rate": 6e-4, "steps": 480, "batch": 16, "seed": 0, "rank": 16},
     "base": {"learning_rate": 6e-4, "steps": 960, "batch": 16, "seed": 1, "rank": 16},
 }

@@ -101,40 +101,48 @@ def batches(draw, collate, count, batch, *, tasks, levels, seed, workers=1, pool
 
 def descend(
     loss_of, parameters, stream, *, learning_rate, steps, weight_decay=0.0, warmup=0.05, decay=True,
-    label="", after_step=None, state=None,
+    label="", after_step=None, state=None, matrices=(),
 ):  # fmt: skip
     """AdamW with linear warm-up and cosine decay; returns the loss of every step.
 
     loss_of: batch -> loss; parameters: those to train, or groups {"params", "lr"}; without `decay`
     the learning rate stays; after_step: called with the number of steps done. state: a file that
-    keeps every KEPT steps what is needed to go on; a descent that finds it does.
+    keeps every KEPT steps what is needed to go on; a descent that finds it does. matrices: others,
+    hidden layers' weights, which Muon trains (Jordan et al. 2024) at AdamW's length of step.
     """
-    optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=weight_decay)
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizers = [torch.optim.AdamW(parameters, learning_rate, weight_decay=weight_decay)]
+    if matrices:
+        muon = torch.optim.Muon(
+            matrices, learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        optimizers.append(muon)
+    trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
 
     def schedule(step):
         rise = min(1.0, (step + 1) / max(1.0, warmup * steps))
         return rise * (0.5 + 0.5 * math.cos(math.pi * step / steps)) if decay else rise
 
-    scheduler, losses = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule), []
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(o, schedule) for o in optimizers]
+    losses, steppers = [], [*optimizers, *schedulers]
     begun = time.perf_counter() - spent(state)
     if state and Path(state).exists():
-        losses += _restore(torch.load(state, weights_only=True), trained, optimizer, scheduler)
+        losses += _restore(torch.load(state, weights_only=True), trained, steppers)
     left = islice(stream, len(losses), None)
     bar = tqdm(left, total=steps, initial=len(losses), desc=label, mininterval=5)
     for batch in bar:
         loss = loss_of(batch)
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        scheduler.step()
+        for stepper in steppers:
+            stepper.step()
         losses.append(loss.item())
         bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}")
         if after_step:
             after_step(len(losses))
         if state and len(losses) % KEPT == 0:
-            _keep(state, time.perf_counter() - begun, losses, trained, optimizer, scheduler)
+            _keep(state, time.perf_counter() - begun, losses, trained, steppers)
     return losses
 
 
@@ -144,7 +152,7 @@ def spent(state):
     return torch.load(state, weights_only=True)["seconds"] if there else 0.0
 
 
-def _keep(path, seconds, losses, trained, optimizer, scheduler):
+def _keep(path, seconds, losses, trained, steppers):
     """A descent so far, written whole or not at all."""
     partial = Path(f"{path}.partial")
     torch.save(
@@ -152,20 +160,19 @@ def _keep(path, seconds, losses, trained, optimizer, scheduler):
             "seconds": seconds,
             "losses": losses,
             "parameters": [parameter.detach() for parameter in trained],
-            "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(),
+            "steppers": [stepper.state_dict() for stepper in steppers],
         },
         partial,
     )
     partial.replace(path)
 
 
-def _restore(kept, trained, optimizer, scheduler):
+def _restore(kept, trained, steppers):
     """Go on from what `_keep` kept; returns its losses."""
     for parameter, value in zip(trained, kept["parameters"], strict=True):
         parameter.data.copy_(value)
-    optimizer.load_state_dict(kept["optimizer"])
-    scheduler.load_state_dict(kept["scheduler"])
+    for stepper, state in zip(steppers, kept["steppers"], strict=True):
+        stepper.load_state_dict(state)
     return kept["losses"]
 
 

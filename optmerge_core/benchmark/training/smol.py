@@ -29,7 +29,7 @@ TOWER_TASKS = {"VQA": 1.0, "Geometry": 0.7, "Chart": 1.0, "OCR": 2.3, "Grounding
 """letters are learnt last"""
 BASE_TASKS = dict.fromkeys(TASKS, 1.0) | {"OCR": 1.5}
 BASE_LEVELS = {"caption": 0.15, "easy": 0.4, "medium": 0.45}
-SIGHT_RATE = 0.25
+SIGHT_RATE, NAMING = 0.25, 0.3
 CHAT_EVERY = 5
 POOL = 4
 """batches that are sorted by length together"""
@@ -48,6 +48,16 @@ class Named:
         pixels = self.processor.image_inputs(np.stack([s.image for s in samples]), None)
         targets = torch.from_numpy(np.stack([self.words.target(s) for s in samples]))
         return pixels | {"targets": targets}
+
+
+@dataclass(frozen=True)
+class AskedAndNamed(Collate):
+    """Samples to a batch of questions, with what the cells of their pictures should be named."""
+
+    words: tower.Words
+
+    def __call__(self, samples):
+        return super().__call__(samples) | Named(self.processor, self.words)(samples)
 
 
 def sight(model):
@@ -76,11 +86,14 @@ def train_tower(*, steps, batch, learning_rate, seed, state=None):
 
     levels = dict.fromkeys(tower.LEVELS, 1.0)
     stream = batches(
-        sample, Named(processor, words), steps, batch, tasks=TOWER_TASKS, levels=levels, seed=seed
-    )
+        tower.picture, Named(processor, words), steps, batch, tasks=TOWER_TASKS, levels=levels,
+        seed=seed,
+    )  # fmt: skip
+    matrices = {n: p for n, p in trained.items() if p.ndim == 2}
+    others = [p for n, p in trained.items() if n not in matrices]
     losses = descend(
-        loss_of, trained.values(), stream, learning_rate=learning_rate, steps=steps, label="tower",
-        state=state,
+        loss_of, others, stream, matrices=list(matrices.values()), learning_rate=learning_rate,
+        steps=steps, label="tower", state=state,
     )  # fmt: skip
     return model, losses
 
@@ -117,28 +130,35 @@ def adapted(model, rank, seed):
     return peft
 
 
-def answer_loss(model, batch):
-    """Cross entropy of the answers' tokens, in nats; only they go through the head."""
+def answer_loss(model, batch, naming=None):
+    """Cross entropy of the answers' tokens, in nats; only they go through the head.
+
+    naming: what is to be added, of the pictures' features (b, 49, width).
+    """
     with torch.autocast("cpu", torch.bfloat16):
-        hidden = model.model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"])
+        seen = model.model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"])
         targets = batch["labels"][:, 1:]
         asked = targets != -100
-        words = model.lm_head(hidden.last_hidden_state[:, :-1][asked])
-    return cross_entropy(words.float(), targets[asked])
+        words = model.lm_head(seen.last_hidden_state[:, :-1][asked])
+    loss = cross_entropy(words.float(), targets[asked])
+    return loss if naming is None else loss + naming(seen.image_hidden_states)
 
 
 def train_base(before, *, steps, batch, rank, learning_rate, seed, state=None):
     """Adapter, tower and projector of a base that answers easy questions of all kinds, and chats.
 
     before: a folder with the sight.safetensors that it starts from, and the adapter if there is
-    one. A batch of conversations every CHAT_EVERY steps; tower and projector, which have learnt
-    what they name, go on at SIGHT_RATE of the rate. Returns the PEFT model and its losses.
+    one. A batch of conversations every CHAT_EVERY steps; tower and projector go on at SIGHT_RATE
+    of the rate, and go on naming what cells show (NAMING times that loss), or they would forget it.
+    Returns the PEFT model and its losses.
     """
     processor = build_processor()
+    words = tower.Words(processor.tokenizer)
     model = load_sight(build_model(processor.tokenizer, seed), Path(before, "sight.safetensors"))
     peft = adapted(model, rank, seed)
     if (learnt := Path(before, ADAPTER_NAME)).exists():
         set_peft_model_state_dict(peft, load_file(learnt))
+    embeddings = model.get_input_embeddings().weight.detach()[words.ids].float()
     seen = sight(model)
     for parameter in seen.values():
         parameter.requires_grad_(True)
@@ -147,12 +167,16 @@ def train_base(before, *, steps, batch, rank, learning_rate, seed, state=None):
 
     def loss_of(given):
         pictures, chat = given
-        loss = answer_loss(model, pictures)
+
+        def naming(features):
+            return NAMING * tower.loss(features, pictures["targets"], embeddings)
+
+        loss = answer_loss(model, pictures, naming)
         return loss + chat_loss(peft, *chat) if chat else loss
 
     shown = batches(
-        sample, Collate(processor), steps, batch, tasks=BASE_TASKS, levels=BASE_LEVELS, seed=seed,
-        pool=POOL,
+        sample, AskedAndNamed(processor, words), steps, batch, tasks=BASE_TASKS,
+        levels=BASE_LEVELS, seed=seed, pool=POOL,
     )  # fmt: skip
     chats = (
         (*next(spoken), torch.Generator().manual_seed(step)) if step % CHAT_EVERY == 0 else None

@@ -5,6 +5,8 @@ model's own embeddings of the words for what the cell shows and where the cell i
 tokens are almost words when the language model first meets them.
 """
 
+from itertools import chain
+
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, normalize
@@ -15,15 +17,34 @@ from optmerge_core.benchmark.tasks.english.samples import TASKS, sample
 LEVELS = ("caption", "easy", "medium", "full")
 PLACE = 0.25  # share of a cell's target that says where it is: its row's letter, its column's digit
 EMPTY = " empty"
+NUMBERS = "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"
 SHARPNESS = 20.0  # cosines to the embeddings, times this, are the logits
 
 
+def picture(task, split, index, level, seed):
+    """A sample; of texts every second one is a page of letters, which nobody asks about."""
+    return sample(task, split, index, "page" if task == "OCR" and index % 2 else level, seed)
+
+
 def words_of(sample):
-    """(row, column) -> words of all cells of a sample, with a space before whole words."""
-    found = {(r, c): [EMPTY] for r in range(CELLS) for c in range(CELLS)}
+    """(row, column) -> words of all cells of a sample, each a list of what is named by a token."""
+    found = {(r, c): [] for r in range(CELLS) for c in range(CELLS)}
     for cell, words in sample.cells.items():
-        found[cell] = [f" {w}" if len(w) > 1 and w.isalpha() else w for w in words] or [EMPTY]
-    return found
+        spelt = 0  # letters and digits that the cell has shown
+        for word in words:
+            if len(word) > 1 and word.isalpha():
+                found[cell].append([f" {word}"])
+            else:
+                found[cell].append([_spelt(c, spelt + i) for i, c in enumerate(word)])
+                spelt += len(word)
+    return {cell: words or [[EMPTY]] for cell, words in found.items()}
+
+
+def _spelt(character, place):
+    """What names a letter or digit that is not its cell's first: o, then ` o`; 7, then ` seven`."""
+    if place and character.isdigit():
+        return " " + NUMBERS[int(character)]
+    return f" {character}" if place and character.isalpha() else character
 
 
 class Words:
@@ -35,9 +56,9 @@ class Words:
         found = set(self.places)
         for task in TASKS:
             for index in range(count):
-                drawn = sample(task, "train", index, LEVELS[index % len(LEVELS)], seed=77)
-                found.update(t for words in words_of(drawn).values() for w in words
-                             for t in self.tokens(w))  # fmt: skip
+                drawn = picture(task, "train", index, LEVELS[index % len(LEVELS)], seed=77)
+                cells = chain.from_iterable(words_of(drawn).values())
+                found.update(t for n in chain.from_iterable(cells) for t in self.tokens(n))
         self.ids = torch.tensor(sorted(found))
         self._row = {int(token): row for row, token in enumerate(self.ids)}
 
@@ -53,7 +74,7 @@ class Words:
             line = target[row * CELLS + column]
             shares = 1 / np.arange(1, len(words) + 1)  # the first letter of a cell weighs most
             for word, share in zip(words, shares / shares.sum(), strict=True):
-                tokens = [self._row[t] for t in self.tokens(word) if t in self._row]
+                tokens = [self._row[t] for n in word for t in self.tokens(n) if t in self._row]
                 for token in tokens:
                     line[token] += (1 - PLACE) * share / len(tokens)
             for place in (row, CELLS + column):

@@ -1,15 +1,17 @@
 """Writing: words, names, prices, dates and numbers in many faces on many grounds (OCR).
 
 Level `easy` shows one or two large lines on plain paper, `medium` and `full` up to three smaller
-ones on signs, tags, notes, gradients and noise; `medium` asks to read only.
+ones on signs, tags, notes, gradients and noise; `medium` asks to read only. A `page` is full of
+small text that nobody asks about: what a tower learns its letters from.
 """
 
 from dataclasses import dataclass, field, replace
+from string import ascii_letters, ascii_lowercase, ascii_uppercase, digits
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from optmerge_core.benchmark.tasks.english.drawing import IMAGE_SIZE, Drawing, Turn, reserved
+from optmerge_core.benchmark.tasks.english.drawing import CELL, IMAGE_SIZE, Drawing, Turn, reserved
 from optmerge_core.benchmark.tasks.english.lettering import (
     FACES,
     HANDS,
@@ -178,13 +180,13 @@ def note(rng, split, count):
 
 
 def number(rng, split, count):
-    def digits():
+    def figures():
         if kind == "number":
             return str(int(10 ** rng.uniform(0.3, 3)))
         return f"{int(rng.integers(1, 24))}:{int(rng.integers(12)) * 5:02d}"
 
     kind = choice(rng, ("number", "time"))
-    value = allowed(rng, split, digits, kind)
+    value = allowed(rng, split, figures, kind)
     names = {"number": ("room", "bus", "page", "gate", "line"), "time": ("open", "train", "bus")}
     lines = [value] if count == 1 else [a_word(rng, "train", names[kind])[0], value]
     held = [value] * reserved(kind, value)
@@ -279,7 +281,36 @@ def draw_text(rng, written, easy):
     return image, {cell: characters[:3] for cell, characters in cells.items()}
 
 
+def page(rng, split):
+    """A picture full of lines of one face, half of them words and numbers, half random letters."""
+    image, ink, (left, right) = ground(rng, choice(rng, ("paper", "sign", "note")), False)
+    face, height = choice(rng, (*FACES, *HANDS)), int(rng.integers(9, 18))
+    height = max(height, 15 if face == "script" else 11 if face == "print" else 0)
+    y, cells = int(rng.integers(4, 12)) + height, {}
+    while y < IMAGE_SIZE - 4:
+        line = scribble(rng, split)
+        while advances(longer := f"{line} {scribble(rng, split)}", face, height)[-1] < right - left:
+            line = longer
+        while advances(line, face, height)[-1] > right - left:
+            line = line[:-1]
+        for character, cell in write(rng, image, line.strip(), face, height, (left, y), ink):
+            cells.setdefault(cell, []).append(character)
+        y += max(CELL, int(height * rng.uniform(1.5, 2)))  # one line a row of cells
+    return Drawing(image, [], {cell: characters[:3] for cell, characters in cells.items()})
+
+
+def scribble(rng, split):
+    """A word, a price or a number that training may show, or random letters."""
+    if rng.random() < 0.5:
+        letters = choice(rng, (ascii_lowercase, ascii_uppercase, digits, ascii_letters + digits))
+        return "".join(choice(rng, letters) for _ in range(int(rng.integers(2, 7))))
+    makers = (plain, plain, plain, tag, date, number)
+    return choice(rng, makers)(rng, "train" if split == "test" else split, 1).lines[0]
+
+
 def ocr(rng, split, level):
+    if level == "page":
+        return page(rng, split)
     kinds = (plain, plain, plain, sign, tag, tag, date, note, note, number)
     counts = {"easy": (1, 1, 2), "caption": (1, 2, 3)}.get(level, (1, 2, 2, 2, 3, 3))
     written = choice(rng, kinds)(rng, split, choice(rng, counts))
