@@ -16,6 +16,7 @@ COMMANDS = {
     "questions smol": "tasks.english.datasets:write_splits",
     "train": "training.build:build",
     "omni-train": "training.omni:build",
+    "smol-omni-train": "training.hearing:build",
     "smol-base": "models.smol:base_folder",
     "seeds": "experiments.seeds:main",
     "omni-seeds": "experiments.omni_seeds:main",
@@ -70,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     sub = add("omni-train", "train the Omni benchmark's models into OUTPUT", "output")
     sub.add_argument("--seeds", nargs="+", type=int)
     sub.add_argument("--modalities", nargs="+", choices=MODALITIES, help="default: all")
+    add("smol-omni-train", "train the ear of the study smol_omni into OUTPUT", "output")
     add("smol-texts", "let SmolLM2 say what its study asks and trains with, into FOLDER", "folder")
     sub = add("smol-base", "build the base model of the study smol, which does not ship")
     sub.add_argument("--place", help="of what it is built from (default: data/benchmark/smol)")

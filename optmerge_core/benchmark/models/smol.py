@@ -40,8 +40,15 @@ WEIGHTS = Packaged(
 )
 BUILD = "python -m optmerge_core.benchmark smol-base"
 """the command that base.json names, and then a recipe whose base has not been built"""
-SPARE = ("<jupyter_text>", "<jupyter_code>", "<jupyter_output>", "<jupyter_script>")
-"""Tokens that SmolLM2 has for notebooks and chat never uses: they become those of pictures."""
+AUDIO = "[AUDIO]"
+SPARE = dict(
+    zip(
+        ("<jupyter_text>", "<jupyter_code>", "<jupyter_output>", "<jupyter_script>"),
+        TOKENS.values(),
+        strict=True,
+    )
+) | {"<issue_comment>": AUDIO}
+"""SmolLM2's tokens of notebooks and issues, which chat never uses -> InternVL's and Voxtral's."""
 SYSTEM = (
     "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
     "<|im_end|>\n"
@@ -82,10 +89,10 @@ def original_tokenizer():
 
 @cache
 def build_tokenizer():
-    """SmolLM2's own, four of whose spare tokens have the names of InternVL's for pictures."""
+    """SmolLM2's own, some of whose spare tokens are those of pictures and of sound; see SPARE."""
     tokenizer = original_tokenizer()
     content = tokenizer.backend_tokenizer.to_str()
-    for spare, name in zip(SPARE, TOKENS.values(), strict=True):
+    for spare, name in SPARE.items():
         content = content.replace(json.dumps(spare), json.dumps(name))
     return PreTrainedTokenizerFast(
         tokenizer_object=type(tokenizer.backend_tokenizer).from_str(content),
@@ -95,7 +102,7 @@ def build_tokenizer():
         unk_token="<|endoftext|>",
         padding_side="left",
         model_max_length=8192,
-        extra_special_tokens=TOKENS,
+        extra_special_tokens=TOKENS | {"audio_token": AUDIO},
         clean_up_tokenization_spaces=False,
     )
 
