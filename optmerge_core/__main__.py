@@ -1,4 +1,4 @@
-"""optmerge, or python -m optmerge_core: merge | inspect | run RECIPE, extract, benchmarks MODEL.
+"""optmerge, or python -m optmerge_core: merge | plan | inspect | run RECIPE, and what follows them.
 
 Each command imports what it needs once its recipe is read, so that help and refusals are quick.
 """
@@ -14,9 +14,10 @@ from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from optmerge_core.errors import exit_status, extra
+from optmerge_core.study import in_parts
 
 if TYPE_CHECKING:
     from optmerge_core.study.recipe import Recipe
@@ -44,20 +45,25 @@ def _load_recipe(path: str, stream: bool) -> Recipe:
     return recipe
 
 
+def _settings(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
+    """What `merge` takes: the recipe's, but for what the command line has."""
+    from optmerge_core.study.open import settings
+
+    chosen = settings(recipe, options.method)
+    chosen |= {"device": options.device, "overwrite": options.overwrite}
+    for name in ("router", "processor", "scaling_coefficient"):
+        if getattr(options, name) is not None:
+            chosen[name] = getattr(options, name)
+    return chosen
+
+
 def merge_command(options: argparse.Namespace) -> None:
     recipe = _load_recipe(options.recipe, options.stream)
     from optmerge_core.merging.merge import merge
     from optmerge_core.study.findings import ADAPTER, OTHER_BASE_NORM
-    from optmerge_core.study.open import settings
 
     models = (recipe.base_model, recipe.experts, options.output)
-    chosen = settings(recipe, options.method)
-    chosen |= {"device": options.device, "overwrite": options.overwrite}
-    for name in ("router", "processor"):
-        if getattr(options, name) is not None:
-            chosen[name] = getattr(options, name)
-    if options.scaling_coefficient is not None:
-        chosen["scaling_coefficient"] = options.scaling_coefficient
+    chosen = _settings(recipe, options)
     if recipe.merges == "modalities":
         if options.processor is not None:
             raise ValueError("--processor: every specialist keeps its own; leave it out")
@@ -110,6 +116,11 @@ def _check(options: argparse.Namespace, recipe: Recipe) -> None:
             warnings.warn(f"{options.output}: {sentence}", stacklevel=1)
         else:
             print(sentence)
+
+
+def plan_command(options: argparse.Namespace) -> None:
+    recipe = _load_recipe(options.recipe, options.stream)
+    in_parts.plan_recipe(recipe, options, _settings(recipe, options))
 
 
 def inspect_command(options: argparse.Namespace) -> None:
@@ -226,7 +237,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "--output",
                 metavar="DIR",
-                required=command is merge_command,
+                required=command in (merge_command, plan_command),
                 help="folder to write (run: default figures/<name> and runs/<name>)",
             )
             sub.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
@@ -236,6 +247,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_merge_options(sub)
     stream = "read weights from the hub or a web server tensor by tensor, without downloading them"
     sub.add_argument("--stream", action="store_true", help=stream)
+    text = "decide a merge and cut it into parts, for `part` and `join` on any machine"
+    sub = add("plan", plan_command, text)
+    sub.add_argument("--stream", action="store_true", help=stream)
+    _add_parts(sub, commands)
     text = "measure a recipe's experts and say whether they will merge"
     sub = add("inspect", inspect_command, text, output=False)
     sub.add_argument("--stream", action="store_true", help=stream)
@@ -257,6 +272,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", metavar="DIR", required=True, help="folder to write")
     sub.add_argument("--family", help="which parameters merge, if config.json's type does not say")
     sub.add_argument("--overwrite", action="store_true", help="replace an adapter at DIR")
+    _add_benchmarks(commands)
+    return parser
+
+
+def _add_benchmarks(commands) -> None:
     text = "how to run public benchmarks on a merged model, or their results beside the paper's"
     sub = commands.add_parser("benchmarks", help=text, description=text)
     sub.set_defaults(command=benchmarks_command)
@@ -267,11 +287,27 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--table", default="2", help="of the paper: 2 (default), 3, 6, 9 or 10")
     sub.add_argument("--row", default="OptMerge", help="of that table (default: OptMerge)")
     sub.add_argument("--output", metavar="DIR", help="folder to write scripts or the table to")
-    return parser
 
 
-def _add_merge_options(sub: argparse.ArgumentParser) -> None:
-    """What `merge` takes beside recipe, output and device."""
+def _add_parts(plan: argparse.ArgumentParser, commands) -> None:
+    """The options of `plan`, and the commands that follow it."""
+    _add_merge_options(plan, check=False)
+    plan.add_argument("--plan", metavar="FILE", help="to write (default: DIR.plan.json)")
+    plan.add_argument("--max-part-size", metavar="SIZE", help="of a part's file (default: 256MB)")
+    text = "merge a part of a plan, or worker I's of N; what is finished is not done again"
+    sub = commands.add_parser("part", help=text, description=text)
+    sub.set_defaults(command=lambda o: in_parts.merge_parts(o.plan, o.worker, o.workers))
+    sub.add_argument("plan", metavar="PLAN", help="a file that `plan` wrote")
+    sub.add_argument("worker", metavar="I", type=int, help="from 0")
+    sub.add_argument("workers", metavar="N", type=int, nargs="?", help="how many workers there are")
+    text = "put a plan's finished parts together: the output folder appears, whole"
+    sub = commands.add_parser("join", help=text, description=text)
+    sub.set_defaults(command=lambda o: in_parts.join_parts(o.plan))
+    sub.add_argument("plan", metavar="PLAN", help="a file that `plan` wrote")
+
+
+def _add_merge_options(sub: argparse.ArgumentParser, check: bool = True) -> None:
+    """What `merge` takes beside recipe, output and device, and `plan` without the check."""
     sub.add_argument("--method", help="another method than the recipe's")
     sub.add_argument("--scaling-coefficient", type=float, metavar="X", help="not the recipe's")
     text = "a mixture's router: by the same method, or the base's (default: the recipe's)"
@@ -282,7 +318,9 @@ def _add_merge_options(sub: argparse.ArgumentParser) -> None:
         "see whether the merged folder opens, is prompted, computes and answers (default: where "
         "its class and free memory allow; with --check what fails is an error)"
     )
-    sub.add_argument("--check", action=argparse.BooleanOptionalAction, default=None, help=text)
+    if check:
+        action = argparse.BooleanOptionalAction
+        sub.add_argument("--check", action=action, default=None, help=text)
     sub.add_argument("--overwrite", action="store_true", help="replace a checkpoint at DIR")
 
 

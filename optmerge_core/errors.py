@@ -27,7 +27,7 @@ def extra(name: str) -> Iterator[None]:
 
 
 def exit_status(command: Callable[[], object]) -> int:
-    """Run a command; 0, or 1 for an error that is explained on stderr.
+    """Run a command; 0, or 1 for an error that is explained on stderr, or what the error asks for.
 
     Warnings are notices there, each text once, though catch_warnings() makes Python forget them.
     130, as shells count it, when it was interrupted: a merge leaves nothing then, a run continues
@@ -45,7 +45,7 @@ def exit_status(command: Callable[[], object]) -> int:
             command()
         except (ValueError, OSError, MissingExtra) as error:
             print(f"error: {error}", file=sys.stderr)
-            return 1
+            return getattr(error, "exit_status", 1)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130

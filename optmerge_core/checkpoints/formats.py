@@ -74,6 +74,12 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be read or written; the message names the file and the remedy."""
 
 
+class NotYet(CheckpointError):
+    """The same command may succeed later: others are at work. A command ends with EX_TEMPFAIL."""
+
+    exit_status = 75
+
+
 def parse_hub_id(location: str, revision: str | None = None) -> tuple[str, str | None]:
     """`owner/name` or `owner/name@revision` as (id, revision); None is the hub's default branch.
 

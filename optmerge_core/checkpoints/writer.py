@@ -19,7 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from optmerge_core.checkpoints.formats import INDEX_NAME, SINGLE_NAME, CheckpointError, side_files
+from optmerge_core.checkpoints.formats import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    CheckpointError,
+    NotYet,
+    side_files,
+)
 
 
 class CheckpointWriter:
@@ -232,7 +238,7 @@ def _lock(output_dir: Path) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(lock)
-            raise CheckpointError(
+            raise NotYet(
                 f"{output_dir}: another process is writing there; wait for it, or choose another "
                 "output folder"
             ) from None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from optmerge_core.checkpoints.formats import CheckpointError, read_json
+from optmerge_core.checkpoints.formats import CheckpointError, NotYet, read_json
 from optmerge_core.checkpoints.parts import part_file, read_part, remove_parts, write_part
 from optmerge_core.checkpoints.writer import CheckpointWriter, check_output
 from optmerge_core.merging.card import model_card
@@ -110,15 +110,18 @@ def join(plan: MergePlan) -> MergeReport:
     """Put the finished parts of a plan together: the output folder appears, whole.
 
     The same safetensors files and index as `merge` writes, byte for byte. The report's seconds are
-    those of all parts and of joining them. The parts are removed.
+    those of all parts and of joining them. The parts are removed; joining what is joined already
+    returns its report.
 
-    Raises `CheckpointError` for parts that are not finished, and as `merge` does.
+    Raises `NotYet` for parts that are not finished and while others join, and as `merge` does.
     """
     folder = plan.parts_folder
+    if (done := joined(plan)) is not None:
+        return done
     missing = [n for n in range(len(plan.parts)) if not part_file(folder, n).is_file()]
     if missing:
         some = ", ".join(map(str, missing[:20])) + ", …" * (len(missing) > 20)
-        raise CheckpointError(
+        raise NotYet(
             f"{plan.output_dir}: {len(missing)} of {len(plan.parts)} parts are not merged yet "
             f"({some}); call merge_part(plan, number) for each, then join again"
         )
@@ -128,6 +131,7 @@ def join(plan: MergePlan) -> MergeReport:
     def cost() -> dict[str, Any]:
         own = meter.read()
         return own | {
+            "plan": plan.key,
             "seconds": math.fsum(x["seconds"] for x in (*costs, own)),
             "device": ", ".join(sorted({x["device"] for x in costs})),
             "peak_memory_bytes": max(x["peak_memory_bytes"] for x in (*costs, own)),
@@ -150,6 +154,15 @@ def join(plan: MergePlan) -> MergeReport:
         raise
     remove_parts(folder)
     return report
+
+
+def joined(plan: MergePlan) -> MergeReport | None:
+    """The report of a plan that has been followed to its end; None of any other."""
+    path = Path(plan.output_dir, "merge_report.json")
+    if plan.parts_folder.exists() or not path.is_file():
+        return None
+    content = read_json(path)
+    return MergeReport(**content) if content.get("plan") == plan.key else None
 
 
 def _results(plan: MergePlan, names: list[str], hashed: bool = False) -> Iterator[Merged]:

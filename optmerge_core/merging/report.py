@@ -66,6 +66,8 @@ class MergeReport:
     """weight file of the output -> its SHA-256"""
     added_tokens: dict[str, dict[int, int]] | None = None
     """of an Omni model: modality -> its numbers of tokens that the base lacks -> their new ones"""
+    plan: str | None = None
+    """the key of the `MergePlan` whose parts were joined; None of a merge in one process"""
     check: dict[str, Any] | None = None
     """whether the folder was seen to work, see `evaluation.check`; None before"""
     versions: dict[str, str] = field(

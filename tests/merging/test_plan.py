@@ -29,9 +29,9 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 
 def report(folder: Path) -> dict:
-    """Without what no run repeats, and the output's own name."""
+    """Without what no run repeats, the output's own name, and whether it was joined."""
     content = json.loads((folder / "merge_report.json").read_text())
-    return {k: v for k, v in content.items() if k not in ("seconds", "output_dir")} | {
+    return {k: v for k, v in content.items() if k not in ("seconds", "output_dir", "plan")} | {
         "peak_memory_bytes": None
     }
 
@@ -273,9 +273,11 @@ def test_an_output_that_has_appeared_keeps_the_parts(tiny, tmp_path):
     with pytest.raises(CheckpointError, match="out exists"):
         join(plan)
     shutil.rmtree(tmp_path / "out")
-    join(plan)
+    done = join(plan)
+    assert done.plan == plan.key and join(plan) == done  # nothing is left to do
+    other = plan_merge(tiny.base, tiny.experts, tmp_path / "out", method="tsv", overwrite=True)
     with pytest.raises(CheckpointError, match="1 of 1 parts are not merged yet"):
-        join(plan)
+        join(other)
     with pytest.raises(CheckpointError, match="out exists"):
         merge_part(plan, 0)  # which nobody would join
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

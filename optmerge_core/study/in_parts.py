@@ -1,0 +1,85 @@
+"""optmerge plan | part | join: one merge by many processes that share a folder, and by no engine.
+
+For schedulers that start commands and retry them: each ends with 0 when what it was asked for is
+done, by itself or before; with 75 when the same command may succeed later; with 1 when it will not.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from optmerge_core.merging.plan import MergePlan
+    from optmerge_core.study.recipe import Recipe
+
+
+def plan_recipe(recipe: Recipe, options: Namespace, settings: dict[str, Any]) -> Path:
+    """Decide a recipe's merge into `options.output` and write the plan; says how to go on."""
+    from optmerge_core.merging.plan import plan_merge
+
+    if recipe.merges == "modalities":
+        raise ValueError(
+            f"{recipe.name} merges modalities, whose specialists have no plan: use `merge`"
+        )
+    path = Path(options.plan or f"{options.output}.plan.json")
+    if options.max_part_size is not None:
+        settings["max_part_size"] = options.max_part_size
+    models = (recipe.base_model, recipe.experts, options.output)
+    plan = plan_merge(*models, **settings, stream=options.stream)
+    plan.save(path)
+    count = len(plan.parts)
+    print(
+        f"{path}: {len(plan.parameters)} parameters in {count} parts. Where its inputs and "
+        f"{plan.parts_folder} are seen, in any order: part {path} I, for I = 0 to {count - 1}, or "
+        f"part {path} I N for each I of N workers; then once: join {path}"
+    )
+    return path
+
+
+def merge_parts(path: str, worker: int, workers: int | None) -> None:
+    """One part of a plan, number `worker`, or the share of one of `workers`: `share_of`."""
+    from optmerge_core.merging.merge import joined, merge_part
+    from optmerge_core.merging.plan import load_plan
+
+    plan = load_plan(path)
+    if workers is None and not 0 <= worker < len(plan.parts):
+        raise ValueError(f"part {worker}: the plan has parts 0 to {len(plan.parts) - 1}")
+    numbers = [worker] if workers is None else share_of(plan, worker, workers)
+    if joined(plan) is not None:
+        print(f"{plan.output_dir}: joined already")
+        return
+    for number in numbers:
+        merge_part(plan, number)
+    print(f"{plan.output_dir}: parts {', '.join(map(str, numbers)) or 'none'} are finished")
+
+
+def share_of(plan: MergePlan, worker: int, workers: int) -> list[int]:
+    """The numbers of the parts that one of `workers`, counted from 0, merges, costly ones first.
+
+    Each part in turn goes to the worker with least to do, by decompositions (min²·max) and bytes.
+    """
+    from optmerge_core.merging.plan import MAX_PART_COST
+
+    if not 0 <= worker < workers:
+        raise ValueError(f"worker {worker} of {workers}: workers are 0 to {workers - 1}")
+    largest = max((part.bytes for part in plan.parts), default=0) or 1
+    work = [part.cost / MAX_PART_COST + part.bytes / largest for part in plan.parts]
+    todo, own = [0.0] * workers, []
+    for number in sorted(range(len(work)), key=lambda n: (-work[n], n)):
+        least = todo.index(min(todo))
+        todo[least] += work[number]
+        if least == worker:
+            own.append(number)
+    return own
+
+
+def join_parts(path: str) -> None:
+    """The output folder of a plan whose parts are finished."""
+    from optmerge_core.merging.merge import join
+    from optmerge_core.merging.plan import load_plan
+
+    report = join(load_plan(path))
+    print(f"{report.output_dir}: {len(report.parameters)} parameters merged by {report.method}")
