@@ -14,7 +14,7 @@ BASES = {  # Qwen2-VL starts from the other family's language model
 }
 SMOL = {  # what comes before its experts, each from the one before; SmolLM2 itself is not trained
     "tower": {"learning_rate": 2e-3, "steps": 6000, "batch": 24, "seed": 0},
-    "stage": {"learning_rate": 6e-4, "steps": 960, "batch": 16, "seed": 0, "rank": 16},
+    "stage": {"learning_rate": 6e-4, "steps": 240, "batch": 16, "seed": 0, "rank": 16},
     "base": {"learning_rate": 6e-4, "steps": 960, "batch": 16, "seed": 1, "rank": 16},
 }
 REGIMES = {  # gentle and strong fine-tuning: two points of Theorem 3.1's trade-off
@@ -69,7 +69,7 @@ def build(output, family="internvl", only=None, seed=SEEDS[0], width=1, learning
     goes on from <name>.state.pt. Beside each folder lies a log of its settings, loss and seconds.
     On two cores about three quarters of an hour for a small family's base, a minute or two for an
     expert; at twice the width (four times the parameters) three times that. Of smol: tower 80
-    minutes, stage and base two hours each, six minutes for an expert. Raises `ValueError` for
+    minutes, stage half an hour, base two hours, six minutes for an expert. Raises `ValueError` for
     another width of smol.
     """
     if family == "smol" and width != 1:

@@ -28,7 +28,7 @@ from optmerge_core.merging.families import mergeable
 TOWER_TASKS = {"VQA": 1.0, "Geometry": 0.7, "Chart": 1.0, "OCR": 2.3, "Grounding": 1.0}
 """letters are learnt last"""
 BASE_TASKS = dict.fromkeys(TASKS, 1.0) | {"OCR": 1.5}
-BASE_LEVELS = {"caption": 0.15, "easy": 0.4, "medium": 0.45}
+BASE_LEVELS = {"caption": 0.2, "easy": 0.4, "medium": 0.4}
 SIGHT_RATE, NAMING = 0.25, 0.3
 CHAT_EVERY = 5
 POOL = 4
