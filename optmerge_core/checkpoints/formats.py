@@ -42,7 +42,7 @@ OTHER_KINDS = {
     "adapter_model.safetensors too",
 }
 """files that tell what a folder without weights is -> what that is, and what to give"""
-SIDE_PATTERNS = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py"]
+SIDE_PATTERNS = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "README.md"]
 PICKLE_PATTERNS = ["pytorch_model*.bin", "adapter_model.bin"]
 WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".gguf",

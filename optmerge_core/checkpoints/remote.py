@@ -46,7 +46,7 @@ SIDE_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
     *("chat_template.json", "preprocessor_config.json", "processor_config.json"),
-    *("image_preprocessor_config.json", "video_preprocessor_config.json"),
+    *("image_preprocessor_config.json", "video_preprocessor_config.json", "README.md"),
 )
 
 

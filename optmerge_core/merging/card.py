@@ -15,6 +15,7 @@ import yaml
 from optmerge_core.checkpoints import HUB_ID, URL
 from optmerge_core.checkpoints.formats import parse_hub_id
 from optmerge_core.checkpoints.names import layer_index
+from optmerge_core.merging.licences import common, forbids, name_of
 from optmerge_core.merging.report import MergeReport, Record
 from optmerge_core.merging.templates import processor_class
 
@@ -31,16 +32,14 @@ def model_card(
 ) -> str:
     """README.md of a merged model: recipe, inputs, changes by layer, how to load it.
 
-    `config` is the base model's config.json, and a card in its folder gives the licence; what the
-    folder holds that the processor is from (default: the base's) decides between a processor and a
-    tokenizer.
+    `config` is the base model's config.json; what the folder holds that the processor is from
+    (default: the base's) decides between a processor and a tokenizer.
     """
     folder = Path(base_folder) if base_folder is not None else None
     inputs = [report.base_model, *report.experts.values()]
     hub_ids = [parse_hub_id(x["location"])[0] for x in inputs if x["revision"] is not None]
     data = dict(
         library_name="transformers",
-        license=_licence(folder),
         tags=["merge", "optmerge"],
         base_model=list(dict.fromkeys(hub_ids)) or None,
         base_model_relation="merge" if hub_ids else None,
@@ -75,7 +74,7 @@ def _card(report: MergeReport, kind: str, data: dict[str, Any], **values: Any) -
 
     recipe = report.recipe()
     card = ModelCard.from_template(
-        ModelCardData(**data),
+        ModelCardData(**data | common(report.licences())),
         str(TEMPLATE),
         kind=kind,
         report=report,
@@ -83,21 +82,20 @@ def _card(report: MergeReport, kind: str, data: dict[str, Any], **values: Any) -
         yaml=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
         experts={item["name"]: item["model"] for item in recipe["models"]},
         layers=_layers(report.parameters, report.scaling_coefficient),
+        licences=_licences(report),
         **values,
     )
     return f"{card}\n"
 
 
-def _licence(folder: Path | None) -> str | None:
-    """What the base model's own card says, if it has one that can be read."""
-    from huggingface_hub import metadata_load
-
-    try:
-        found = metadata_load(folder / "README.md") if folder else None
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-    licence = (found or {}).get("license")
-    return licence if isinstance(licence, str) else None
+def _licences(report: MergeReport) -> list[tuple[str, str, str]]:
+    """Rows of a table: model, licence, what that forbids; none where one serves all, or no card."""
+    licences = report.licences()
+    if not any(licences.values()):
+        return []
+    rows = [(x, name_of(own), ", ".join(forbids(own)) or "–") for x, own in licences.items()]
+    same = len({name.lower() for _, name, _ in rows}) == 1 and rows[0][2] == "–"
+    return [] if same else [(x, name or "not named", forbidden) for x, name, forbidden in rows]
 
 
 def _layers(records: list[Record], scaling_coefficient: float) -> list[Row]:

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from optmerge_core.checkpoints.formats import dtype_name, side_files
 from optmerge_core.checkpoints.weights import Weights
+from optmerge_core.merging.licences import tell_licences
 from optmerge_core.methods.registry import check_options
 from optmerge_core.runtime import FLOAT_DTYPES, in_order
 from optmerge_core.task_vectors.stack import TaskVectors
@@ -89,11 +90,12 @@ def check_method(method: str, options: Mapping[str, Any], experts: int | None = 
 def check_folders(
     base: Weights, experts: Mapping[str, Weights], output_dir: Path, processor: Path | None = None
 ) -> None:
-    """Warn of a folder given twice; raise `ValueError` if the output would change an input.
+    """Warn of a folder given twice and of licences; raise `ValueError` if the output is an input's.
 
     Also raised, as `CheckpointError`: what `side_files` finds wrong with the base's, or with those
     of the folder that the processor is from.
     """
+    tell_licences(base, experts)
     folders = {"the base model": base.folder} | expert_folders(experts)
     for folder in filter(None, {base.folder, processor}):
         side_files(folder)

@@ -41,6 +41,7 @@ from optmerge_core.merging.checks import (
     notice,
     with_preset,
 )
+from optmerge_core.merging.licences import tell_licences
 from optmerge_core.merging.report import MergeReport, Record, describe
 from optmerge_core.methods import THEN
 from optmerge_core.methods.optmerge import PRESETS
@@ -129,6 +130,7 @@ def _opened(experts: Mapping[str, str | Path], base_model: str | Path | None) ->
                 f"expert {name} has more than factors of linear layers ({'; '.join(others)}), "
                 "which no merged adapter has; merge with the base model (merge)"
             )
+    tell_licences(None, {name: factors.weights for name, factors in opened.items()})
     _tell_of_a_tied_head(opened, base)
     known: dict[str, None] = {}
     for factors in opened.values():

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from optmerge_core.checkpoints.formats import parse_hub_id
 from optmerge_core.checkpoints.weights import Weights
+from optmerge_core.merging.licences import BASE, Licence, read_licence
 
 
 class Record(TypedDict):
@@ -37,7 +38,7 @@ class MergeReport:
     method_options: dict[str, Any]
     scaling_coefficient: float
     base_model: dict[str, Any]
-    """location, revision (hub commit or None), source, sha256 of each weight file"""
+    """location, revision (hub commit or None), source, sha256 of each weight file, licence"""
     experts: dict[str, dict[str, Any]]
     """the same for each expert"""
     parameters: list[Record]
@@ -86,6 +87,11 @@ class MergeReport:
             for name in self.experts
         }
         return {name: norm / base if base else math.nan for name, norm in squares.items()}
+
+    def licences(self) -> dict[str, Licence]:
+        """Of base model and experts, by their own cards."""
+        inputs = {BASE: self.base_model} | self.experts
+        return {name: item.get("licence", {}) for name, item in inputs.items()}
 
     def recipe(self) -> dict[str, Any]:
         """The recipe that makes this model again, hub ids with the commits that were read."""
@@ -147,8 +153,9 @@ def _norm_in_blocks(tensor: Tensor) -> float:
 
 
 def describe(location: str | Path, weights: Weights) -> dict[str, Any]:
-    """What `merge_report.json` says of an input: where it is, its commit, its files' hashes."""
-    return {"location": str(location), **weights.provenance()}
+    """What `merge_report.json` says of an input: where it is, commit, hashes of files, licence."""
+    licence = read_licence(weights.folder)
+    return {"location": str(location), **weights.provenance(), "licence": licence}
 
 
 def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:

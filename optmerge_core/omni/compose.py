@@ -197,4 +197,6 @@ def _describe(source: str | Path | PreTrainedModel, specialist: Specialist) -> d
     if not specialist.read:
         return {"location": type(source).__name__, "revision": None, "source": None, "sha256": {}}
     opened, *base = [describe(source, checkpoint) for checkpoint in specialist.read]
-    return opened | {"sha256": {k: v for x in (*base, opened) for k, v in x["sha256"].items()}}
+    licence = next((x["licence"] for x in (opened, *base) if x["licence"]), {})
+    sha256 = {k: v for x in (*base, opened) for k, v in x["sha256"].items()}
+    return opened | {"sha256": sha256, "licence": licence}

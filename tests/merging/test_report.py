@@ -101,11 +101,9 @@ def test_inputs_layers_and_front_matter(tiny, tmp_path):
 
 
 def test_hub_inputs_are_pinned_and_listed(tmp_path):
-    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\ntags: [x]\n---\n# Base\n")
     card = model_card(report(), {"architectures": ["Qwen2VLForConditionalGeneration"]}, tmp_path)
     assert yaml.safe_load(card.split("---\n")[1]) == {
         "library_name": "transformers",
-        "license": "apache-2.0",
         "tags": ["merge", "optmerge"],
         "base_model": ["owner/base", "owner/ocr"],
         "base_model_relation": "merge",
@@ -117,12 +115,6 @@ def test_hub_inputs_are_pinned_and_listed(tmp_path):
     assert table(card, "Inputs")[1] == ["ocr", "`owner/ocr@main`", "f00d", "–", "–"]
     assert [row[0] for row in table(card, "Layers")] == ["0", "2", "10"]
     assert table(card, "Layers")[0][2:] == ["15.00%", "1.50"]
-
-
-def test_a_base_card_that_cannot_be_read_gives_no_licence(tmp_path):
-    for text in ("---\nlicense: [\n---\n", "---\n- a\n---\n", "no front matter"):
-        (tmp_path / "README.md").write_text(text)
-        assert "license" not in model_card(report(), {}, tmp_path)
 
 
 def test_streamed_inputs_keep_their_address_and_what_identifies_them():
