@@ -107,3 +107,16 @@ def family(tmp_path_factory) -> SimpleNamespace:
     from specialists import make_family
 
     return make_family(tmp_path_factory.mktemp("specialists"))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A stand-in hub (tests/hub.py), empty, which this process takes for the hub."""
+    import huggingface_hub
+    from hub import Hub
+
+    with Hub(tmp_path / "hub") as server:
+        server.root.mkdir()
+        server.use(monkeypatch, tmp_path / "cache")
+        yield server
+    huggingface_hub.close_session()

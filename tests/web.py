@@ -60,7 +60,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body) if length is None else length))
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body)
         if length is not None:
             self.close_connection = True
@@ -79,10 +79,10 @@ class Web(ThreadingHTTPServer):
     asked for (path, headers) and which weights went out (path, first byte, end).
     """
 
-    daemon_threads = True
+    daemon_threads, handler = True, Handler
 
     def __init__(self, folders: dict[str, Path]):
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(("127.0.0.1", 0), self.handler)
         self.folders, self.faults, self.redirects, self.pages = folders, {}, {}, {}
         self.requests: list[tuple[str, dict[str, str]]] = []
         self.sent: list[tuple[str, int, int]] = []
