@@ -20,6 +20,7 @@ from optmerge_core.errors import exit_status, extra
 from optmerge_core.study import in_parts
 
 if TYPE_CHECKING:
+    from optmerge_core.study.push import Push
     from optmerge_core.study.recipe import Recipe
 
 
@@ -61,8 +62,10 @@ def merge_command(options: argparse.Namespace) -> None:
     recipe = _load_recipe(options.recipe, options.stream)
     from optmerge_core.merging.merge import merge
     from optmerge_core.study.findings import ADAPTER, OTHER_BASE_NORM
+    from optmerge_core.study.push import push_of
 
     models = (recipe.base_model, recipe.experts, options.output)
+    push = push_of(options, recipe)
     chosen = _settings(recipe, options)
     if recipe.merges == "modalities":
         if options.processor is not None:
@@ -71,7 +74,7 @@ def merge_command(options: argparse.Namespace) -> None:
 
         compose(*models, **chosen)
         print(f"{options.output}: one Omni model of {', '.join(recipe.experts)}")
-        _check(options, recipe)
+        _finish(options, recipe, push)
         return
     report = merge(*models, **chosen, stream=options.stream)
     for name, norm in report.relative_norms().items():
@@ -89,7 +92,13 @@ def merge_command(options: argparse.Namespace) -> None:
         f"merged by {report.method}, {report.parameters_kept} kept from the base, "
         f"{report.seconds:.1f} s, at most {report.peak_memory_bytes / 1e9:.2f} GB of memory"
     )
+    _finish(options, recipe, push)
+
+
+def _finish(options: argparse.Namespace, recipe: Recipe, push: Push | None) -> None:
     _check(options, recipe)
+    if push is not None:
+        print(f"pushed: {push.send(options.output)}")
 
 
 def _check(options: argparse.Namespace, recipe: Recipe) -> None:
@@ -245,6 +254,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = add("merge", merge_command, "merge a recipe's experts into one model folder")
     _add_merge_options(sub)
+    _add_push_options(sub)
     stream = "read weights from the hub or a web server tensor by tensor, without downloading them"
     sub.add_argument("--stream", action="store_true", help=stream)
     text = "decide a merge and cut it into parts, for `part` and `join` on any machine"
@@ -322,6 +332,18 @@ def _add_merge_options(sub: argparse.ArgumentParser, check: bool = True) -> None
         action = argparse.BooleanOptionalAction
         sub.add_argument("--check", action=action, default=None, help=text)
     sub.add_argument("--overwrite", action="store_true", help="replace a checkpoint at DIR")
+
+
+def _add_push_options(sub: argparse.ArgumentParser) -> None:
+    text = "then upload the folder to the hub, into a private repository unless --public is said"
+    sub.add_argument("--push", metavar="OWNER/NAME", help=text)
+    sub.add_argument("--public", action="store_true", help="for all to see")
+    text = "in the place of what the repository has"
+    sub.add_argument("--replace", action="store_true", help=text)
+    text = "of the pushed card (default: that of base and experts, or other where they differ)"
+    sub.add_argument("--license", metavar="ID", help=text)
+    text = "push although a model's licence forbids derivatives"
+    sub.add_argument("--despite-license", action="store_true", help=text)
 
 
 if __name__ == "__main__":
