@@ -42,15 +42,17 @@ from optmerge_core.merging.experts import Opened, check_config
 from optmerge_core.merging.families import mergeable
 from optmerge_core.omni.model import specialist_class, without_layers
 
+FREQUENCIES = "rotary_emb.inv_freq"  # buffers, which transformers saved before 4.32
+
 
 class LanguageModel(Renamed):
     """The language model within weights or a state dict, one tensor at a time.
 
-    names: those that count, in the language model's own checkpoint; default all.
+    names: those that count, in the language model's own checkpoint; default all parameters.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], names: Collection[str] | None = None):
-        found = {language_name(name): name for name in weights}
+        found = {language_name(x): x for x in weights if not x.endswith(FREQUENCIES)}
         own = {n: own for n, own in found.items() if n and (names is None or n in names)}
         super().__init__(weights, own)
 
@@ -185,7 +187,15 @@ def _towers(model: PreTrainedModel, place: Path | None) -> dict[str, Tensor]:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return None
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (ImportError, ValueError) as error:
+        if (folder / "tokenizer.json").is_file():
+            raise
+        raise CheckpointError(
+            f"{folder}: its only tokenizer is tokenizer.model, which transformers reads with two "
+            "packages more: pip install sentencepiece protobuf"
+        ) from error
 
 
 class BaseRows(Renamed):

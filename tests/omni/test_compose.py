@@ -492,6 +492,31 @@ def test_a_multimodal_base_gives_its_language_model(family, tmp_path):
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
 
 
+def test_frequencies_that_old_checkpoints_saved_are_no_parameters(family, tmp_path):
+    old = shutil.copytree(family.base, tmp_path / "old")
+    weights = load_file(old / "model.safetensors")
+    weights |= {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.ones(4) for n in (0, 1)}
+    save_file(weights, old / "model.safetensors", metadata={"format": "pt"})
+    compose(family.base, family.folders, tmp_path / "one", method="ties")
+    compose(old, family.folders, tmp_path / "two", method="ties")
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_tokenizer_that_needs_more_packages_says_which(family, tmp_path, monkeypatch):
+    def needs(*_, **__):
+        raise ValueError("`tiktoken` is required to read a `tiktoken` file.")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", needs)
+    base = shutil.copytree(family.base, tmp_path / "base")
+    with pytest.raises(ValueError, match="is required to read"):
+        compose(base, family.models, tmp_path / "omni")
+    (base / "tokenizer.json").rename(base / "tokenizer.model")
+    with pytest.raises(ValueError, match="tokenizer.model, .*: pip install sentencepiece protobuf"):
+        compose(base, family.models, tmp_path / "omni")
+    assert not (tmp_path / "omni").exists()
+
+
 def test_report_and_card_say_what_was_composed(family, omni, tmp_path):
     report = json.loads((omni / "merge_report.json").read_text())
     inputs = {"base": (family.base, report["base_model"])}
