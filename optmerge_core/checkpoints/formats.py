@@ -43,6 +43,7 @@ OTHER_KINDS = {
 }
 """files that tell what a folder without weights is -> what that is, and what to give"""
 SIDE_PATTERNS = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "README.md"]
+"""of a hub's repository: what is read beside weights, of the card the licence"""
 PICKLE_PATTERNS = ["pytorch_model*.bin", "adapter_model.bin"]
 WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".gguf",

@@ -37,10 +37,10 @@ def load_model(folder, dtype=torch.float32, trust_remote_code=False):
             folder, dtype=dtype, trust_remote_code=trust_remote_code
         )
     except ValueError as error:
+        allow = "" if trust_remote_code else ", or let the recipe say trust_remote_code: true"
         raise ValueError(
             f"{folder}: AutoModelForImageTextToText does not open it ({str(error).splitlines()[0]})"
-            "; use the checkpoint's conversion to transformers, often named ...-hf, or let the "
-            "recipe say trust_remote_code: true"
+            f"; use the checkpoint's conversion to transformers, often named ...-hf{allow}"
         ) from error
     return model.eval()
 

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 from optmerge_core import load_recipe, open_checkpoint
 from optmerge_core.__main__ import main
+from optmerge_core.evaluation.chat import load_processor
+from optmerge_core.evaluation.evaluator import load_model
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "data" / "recipes"
@@ -39,7 +41,11 @@ def merged_and_streamed(recipe, tmp_path):
     return two
 
 
-def test_table_2(hub, tmp_path, capsys):
+def test_table_2(hub, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "code")
+    )
+    monkeypatch.setattr(sys, "path", [*sys.path])
     save_internvl(hub.root)
     run("inspect", INTERNVL, "--stream")
     shown = capsys.readouterr().out
@@ -57,6 +63,10 @@ def test_table_2(hub, tmp_path, capsys):
     assert code == {path.name for path in folder.glob("*.py")} and len(code) == 3
     card = (folder / "README.md").read_text()
     assert "license: mit\n" in card and "trust_remote_code=True" in card
+    with pytest.raises(ValueError, match="no processor for pictures and text"):
+        load_processor(folder, trust_remote_code=True)
+    with pytest.raises(ValueError, match=r"often named \.\.\.-hf$"):
+        load_model(folder, trust_remote_code=True)
     run("benchmarks", folder, "--table", "2", "--output", tmp_path / "evaluation")
     assert "InternVL" in (tmp_path / "evaluation/benchmarks.md").read_text()
 
@@ -114,6 +124,20 @@ def test_run_asks_for_questions(recipe, hub, tmp_path, capsys):
     assert main(["run", recipe, "--output", str(tmp_path / "out")]) == 1
     assert "add evaluation: {data: FOLDER}" in capsys.readouterr().err
     assert hub.requests == [] and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_table_5_to_the_last_notebook(hub, tmp_path):
+    """Its notebook composes these specialists, and asks those of the embedded benchmark."""
+    save_vicuna_family(hub.root)
+    command = [sys.executable, "-m", "optmerge_core", "run", OMNI, "--output", tmp_path / "run"]
+    environment = hub.environment(tmp_path / "home")
+    done = subprocess.run(
+        [*command, "--device", "cpu"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [path.name[:2] for path in (tmp_path / "run/notebooks").glob("*.ipynb")] == ["04"]
+    assert (tmp_path / "run/figures/tablexx_overlaps.md").is_file()
 
 
 @pytest.mark.slow
