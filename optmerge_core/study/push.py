@@ -95,7 +95,10 @@ class Push:
         if self.licence:
             own = {k: v for k, v in (metadata_load(card) or {}).items() if "license" not in k}
             metadata_save(card, own | {"license": self.licence})
-        by_hand = f"push it with `{self._command(folder)}`, which goes on where this stopped"
+        by_hand = (
+            f"push it with `{self._command(self.repository, folder)}`, which goes on where this "
+            "stopped"
+        )
         try:
             self._check_repository(api)  # hours may have passed
             url = api.create_repo(self.repository, private=not self.public, exist_ok=True)
@@ -104,7 +107,8 @@ class Push:
                 delete_patterns="*" if self.replace else None,
             )  # fmt: skip
         except PushError as error:
-            raise PushError(f"{folder} is whole, but not pushed: {error}") from error
+            elsewhere = f"by hand: `{self._command('OWNER/NAME', folder)}`"
+            raise PushError(f"{folder} is whole, but not pushed: {error}; {elsewhere}") from error
         except KeyboardInterrupt:
             print(f"{folder} is whole, but not pushed; {by_hand}", file=sys.stderr)
             raise
@@ -114,9 +118,9 @@ class Push:
             ) from error
         return str(url)
 
-    def _command(self, folder: str | Path) -> str:
+    def _command(self, repository: str, folder: str | Path) -> str:
         more = ["--no-private" if self.public else "--private", *["--delete", "*"] * self.replace]
-        return shlex.join(["hf", "upload", self.repository, str(folder), ".", *more])
+        return shlex.join(["hf", "upload", repository, str(folder), ".", *more])
 
     def _check_owner(self, me: Mapping[str, Any]) -> None:
         owner = self.repository.split("/")[0]
