@@ -240,7 +240,7 @@ def save_vicuna_family(root: Path) -> None:
     text |= {"tie_word_embeddings": False, "pad_token_id": 0, "torch_dtype": "float16"}
     vicuna = LlamaForCausalLM(LlamaConfig(**text)).half()
     base = {name: x.detach().clone() for name, x in vicuna.state_dict().items()}
-    # transformers 4.31, which saved it, kept the rotary frequencies as buffers of the model.
+    # Older versions of transformers saved the rotary frequencies too, buffers of the model.
     frequencies = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.ones(4) for n in (0, 1)}
     repo = root / "lmsys/vicuna-7b-v1.5"
     save_shards(base | frequencies, repo, 2, pickled=True)

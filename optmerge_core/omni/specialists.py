@@ -42,7 +42,7 @@ from optmerge_core.merging.experts import Opened, check_config
 from optmerge_core.merging.families import mergeable
 from optmerge_core.omni.model import specialist_class, without_layers
 
-FREQUENCIES = "rotary_emb.inv_freq"  # buffers, which transformers saved before 4.32
+FREQUENCIES = "rotary_emb.inv_freq"  # buffers, which older versions of transformers saved
 
 
 class LanguageModel(Renamed):
