@@ -42,7 +42,10 @@ OTHER_KINDS = {
     "adapter_model.safetensors too",
 }
 """files that tell what a folder without weights is -> what that is, and what to give"""
-SIDE_PATTERNS = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "README.md"]
+SPEAKERS = "spk_dict.pt"  # Qwen2.5-Omni's voices, without which its class does not open a folder
+SIDE_PATTERNS = [
+    *("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "README.md", SPEAKERS)
+]
 """of a hub's repository: what is read beside weights, of the card the licence"""
 PICKLE_PATTERNS = ["pytorch_model*.bin", "adapter_model.bin"]
 WEIGHT_SUFFIXES = (
@@ -175,7 +178,7 @@ def side_files(folder: str | Path) -> list[Path]:
         for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*.jinja"))
         if (path.is_file() or path.is_symlink() and not path.exists())
         and not path.name.startswith(".")
-        and path.suffix not in WEIGHT_SUFFIXES
+        and (path.suffix not in WEIGHT_SUFFIXES or path.name == SPEAKERS)
         and not path.name.endswith(".index.json")
         and path.name not in LEFT_OUT
     )

@@ -30,6 +30,7 @@ from optmerge_core.checkpoints.formats import (
     INDEX_NAME,
     SIDE_PATTERNS,
     SINGLE_NAME,
+    SPEAKERS,
     CheckpointError,
     Entry,
     read_header,
@@ -47,6 +48,7 @@ SIDE_FILES = (
     *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
     *("chat_template.json", "preprocessor_config.json", "processor_config.json"),
     *("image_preprocessor_config.json", "video_preprocessor_config.json", "README.md"),
+    SPEAKERS,
 )
 
 
