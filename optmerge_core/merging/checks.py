@@ -194,9 +194,14 @@ def check_in_range(name: str, tensor: Tensor) -> Tensor:
 
 
 def not_finite(tensor: Tensor) -> bool:
-    """Whether there is NaN or Inf in it, without a second tensor to write and read."""
+    """Whether there is NaN or Inf in it, without a second tensor to write and read.
+
+    A scalar merges in no scope and may be infinite: a bound, of what Gemma-4's tower clips.
+    """
     if not tensor.is_floating_point() or not tensor.numel():
         return False
+    if not tensor.ndim:
+        return bool(tensor.isnan())
     low, high = torch.aminmax(_comparable(tensor))  # NaN if there is one
     return not bool(torch.isfinite(low) and torch.isfinite(high))
 
