@@ -147,4 +147,95 @@ HUB = {
         },
         {"model.layers.0.self_attn.q_proj.bias": (2048,)},
     ),
+    ("Qwen/Qwen3.5-27B", "qwen3_5"): (  # shapes of the class's defaults
+        {
+            "model.language_model.layers.0.linear_attn.in_proj_qkv.weight": (8192, 4096),
+            "model.language_model.layers.0.linear_attn.in_proj_a.weight": (32, 4096),
+            "model.language_model.layers.0.linear_attn.out_proj.weight": (4096, 4096),
+            "model.language_model.layers.3.self_attn.q_proj.weight": (8192, 4096),
+        },
+        {
+            "model.language_model.layers.0.linear_attn.conv1d.weight": (8192, 1, 4),
+            "model.language_model.layers.0.linear_attn.A_log": (32,),
+            "model.language_model.layers.0.linear_attn.dt_bias": (32,),
+            "model.visual.blocks.0.attn.qkv.weight": (3456, 1152),
+            "mtp.layers.0.self_attn.q_proj.weight": (8192, 4096),
+            "mtp.fc.weight": (4096, 8192),
+        },
+    ),
+    ("Qwen/Qwen2.5-Omni-7B", "qwen2_5_omni"): (
+        {"thinker.model.layers.0.self_attn.q_proj.weight": (3584, 3584)},
+        {
+            "thinker.lm_head.weight": (152064, 3584),
+            "thinker.audio_tower.layers.0.self_attn.q_proj.weight": (1280, 1280),
+            "thinker.visual.blocks.0.attn.q.weight": (1280, 1280),
+            "talker.model.layers.0.mlp.up_proj.weight": (18944, 896),
+            "talker.thinker_to_talker_proj.weight": (896, 3584),
+            "token2wav.code2wav_dit_model.transformer_blocks.0.attn.to_q.weight": (1024, 1024),
+        },
+    ),
+    ("Qwen/Qwen3-Omni-30B-A3B-Instruct", "qwen3_omni_moe"): (
+        {
+            "thinker.model.layers.0.mlp.experts.127.up_proj.weight": (768, 2048),
+            "thinker.model.layers.0.mlp.gate.weight": (128, 2048),
+        },
+        {
+            "thinker.audio_tower.layers.0.fc1.weight": (5120, 1280),
+            "talker.model.layers.0.mlp.experts.127.up_proj.weight": (384, 1024),
+            "talker.code_predictor.model.layers.0.mlp.up_proj.weight": (3072, 1024),
+            "code2wav.pre_transformer.layers.0.self_attn.q_proj.weight": (1024, 1024),
+        },
+    ),
+    ("google/gemma-3n-E4B-it", "gemma3n"): (
+        {
+            "model.language_model.layers.0.altup.modality_router.weight": (4, 2048),
+            "model.language_model.layers.0.laurel.linear_left.weight": (64, 2048),
+            "model.language_model.layers.0.per_layer_input_gate.weight": (256, 2048),
+        },
+        {
+            "model.language_model.layers.0.altup.correct_output_scale": (2048,),
+            "model.language_model.embed_tokens_per_layer.weight": (262144, 8960),
+            "model.embed_vision.embedding_projection.weight": (2048, 2048),
+            "model.audio_tower.conformer.0.attention.attn.q_proj.weight": (1536, 1536),
+        },
+    ),
+    ("meta-llama/Llama-4-Scout-17B-16E-Instruct", "llama4"): (
+        {
+            "language_model.model.layers.0.feed_forward.experts.gate_up_proj": (16, 5120, 16384),
+            "language_model.model.layers.0.feed_forward.router.weight": (16, 5120),
+            "language_model.model.layers.0.feed_forward.shared_expert.up_proj.weight": (8192, 5120),
+        },
+        {
+            "language_model.lm_head.weight": (202048, 5120),
+            "vision_model.model.layers.0.self_attn.q_proj.weight": (1408, 1408),
+            "multi_modal_projector.linear_1.weight": (5120, 4096),
+        },
+    ),
+    ("meta-llama/Llama-3.2-11B-Vision", "mllama"): (
+        {
+            "language_model.model.layers.3.cross_attn.k_proj.weight": (1024, 4096),
+            "language_model.model.layers.4.self_attn.k_proj.weight": (1024, 4096),
+        },
+        {
+            "language_model.model.layers.3.cross_attn_attn_gate": (1,),
+            "language_model.model.embed_tokens.weight": (128264, 4096),
+            "vision_model.global_transformer.layers.0.self_attn.q_proj.weight": (1280, 1280),
+            "multi_modal_projector.weight": (4096, 7680),
+        },
+    ),
+    ("mistralai/Mistral-Small-3.1-24B-Instruct-2503", "mistral3"): (
+        {"language_model.model.layers.0.mlp.up_proj.weight": (32768, 5120)},
+        {
+            "vision_tower.transformer.layers.0.attention.q_proj.weight": (1024, 1024),
+            "multi_modal_projector.patch_merger.merging_layer.weight": (1024, 4096),
+        },
+    ),
+    ("microsoft/Phi-4-multimodal-instruct", "phi4mm"): (
+        {"model.layers.0.self_attn.qkv_proj.base_layer.weight": (5120, 3072)},
+        {
+            "model.layers.0.self_attn.qkv_proj.lora_A.vision.weight": (256, 3072),
+            "model.layers.0.self_attn.qkv_proj.lora_B.speech.weight": (5120, 320),
+            "model.embed_tokens_extend.image_embed.img_projection.0.weight": (3072, 1152),
+        },
+    ),
 }

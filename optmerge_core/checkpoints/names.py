@@ -10,17 +10,19 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable
 
-HALVES = {"model", "language_model", "text_model", "vision_model"}
+HALVES = {"model", "language_model", "text_model", "vision_model", "thinker"}
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 """of torch.compile, FSDP, activation checkpointing and Lightning, anywhere in a name"""
 PREFIX = "base_model.model."  # what PEFT puts before a module's path
 TOWER = re.compile(
     r"vision|visual|(?:^|[._])(?:vit|[va]pm\.)|image|img|clip|siglip|dino|audio|speech|video"
     r"|projector|connector"
-    r"|merger|mlp1|resampler|qformer|perceiver|abstractor",
+    r"|merger|mlp1|resampler|qformer|perceiver|abstractor"
+    r"|talker|token2wav|code2wav",
     re.IGNORECASE,
 )
-"""a word of what feeds a language model: a tower of another modality, or its connector"""
+"""a word of what feeds a language model, a tower of another modality or its connector, or of what
+speaks for it (Qwen-Omni's)"""
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 """in a language model's own checkpoint"""
 MIXTURES = {

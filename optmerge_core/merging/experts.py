@@ -17,7 +17,7 @@ from optmerge_core.checkpoints.open import open_checkpoint, open_expert
 from optmerge_core.checkpoints.quantised import dequantised
 from optmerge_core.checkpoints.weights import Weights, ties
 from optmerge_core.merging.checks import notice
-from optmerge_core.merging.families import mergeable, merges
+from optmerge_core.merging.families import mergeable, merges, unread
 from optmerge_core.merging.heads import with_heads
 from optmerge_core.merging.processor import Processor, choose, embedding_rows
 from optmerge_core.merging.prompting import differences
@@ -148,8 +148,9 @@ def _compare(
     model_type: str | None,
 ) -> _Difference:
     found, ours, theirs = _Difference(), base.shapes(), expert.shapes()
-    tied = ties(base) and ties(expert)
-    for name in sorted({*ours, *theirs}):
+    tied, names = ties(base) and ties(expert), sorted({*ours, *theirs})
+    spare = unread(names, base.config())
+    for name in names:
         if tied and is_head(name) and name not in agreeing:
             continue  # the embeddings, saved twice or once
         match = ours.get(name) == theirs.get(name)
@@ -159,7 +160,7 @@ def _compare(
             f"the base {_shape_and_dtype(base, name)}"
         )
         new = name not in ours and merges(name, theirs[name], model_type)
-        if (name in ruled or new) and not usable:
+        if (name in ruled or new) and not usable and name not in spare:
             found.problems.append(differs)
         elif name in agreeing and not usable:
             found.kept[name] = differs

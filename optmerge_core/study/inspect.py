@@ -74,12 +74,13 @@ def summary(
     """
     merging = set(mergeable(names_and_shapes, model_type, scope, router))
     kept = routers(names_and_shapes) if router == "base" else set()
-    fronts = {_front(name) for name in names_and_shapes if follows_rule(name, model_type)}
+    ruled = {name for name in names_and_shapes if follows_rule(name, model_type)}
+    fronts = {_front(name) for name in ruled} - {None}
     rows = []
     for name, shape in names_and_shapes.items():
-        part, why = _part(name, shape, _front(name) in fronts)
-        if name in merging and scope == "all":
-            why = f"scope all: {why}"
+        part, why = _part(name, shape, name in ruled or _front(name) in fronts)
+        if name in merging and scope != "linear":
+            why = f"scope {scope}: {why}"
         elif name in kept:
             why = "router: base"
         rows.append((part, name in merging, why, shape, math.prod(shape)))
@@ -107,6 +108,8 @@ def _part(name: str, shape: tuple[int, ...], in_language_layers: bool) -> tuple[
             return kind, "head"
         if outside := _OUTSIDE.match(name):
             return f"{outside[0]}*", "outside the language model"
+    elif ".lora_" in name:
+        return kind, "factor of an adapter, for another modality"
     elif len(shape) == 2 and name.endswith(".weight"):
         return kind, "linear layer of the language model"
     elif is_stack(name, shape):

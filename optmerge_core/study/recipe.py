@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from optmerge_core.checkpoints import HUB_ID, URL
-from optmerge_core.merging.families import FAMILIES
+from optmerge_core.merging.families import FAMILIES, SCOPES
 from optmerge_core.methods import THEN, check_names
 from optmerge_core.study import mergekit
 from optmerge_core.study.parsing import numeric, parse
@@ -143,7 +143,7 @@ class Recipe(_Strict):
     scaling_coefficients: Annotated[list[float], Field(min_length=1)] = [0.1, 0.3, 0.5, 0.7, 1, 1.5]
     seed: int = 0
     trim: Literal["tensor", "model"] = "tensor"
-    scope: Literal["linear", "all"] = "linear"  # the language model's linear layers, or all
+    scope: Literal[*SCOPES] = "linear"  # the language model's linear layers, a talker's too, or all
     router: Literal["merge", "base"] = "merge"  # a mixture's: by the same method, or the base's
     processor: str | None = None  # base, an expert's name or a folder; None: merging/processor.py
     chat_template: str | None = None  # auto, or a template in Jinja, in the place of its own

@@ -61,8 +61,10 @@ def test_closest_names(name, found):
 
 
 def test_names_that_no_word_tells_apart_are_all_given():
-    both = ["thinker.model.layers.0.up.weight", "talker.model.layers.0.up.weight"]
+    both = ["draft.model.layers.0.up.weight", "main.model.layers.0.up.weight"]
     assert closest_names("model.layers.0.up.weight", both) == both
+    both = ["thinker.model.layers.0.up.weight", "talker.model.layers.0.up.weight"]
+    assert closest_names("model.layers.0.up.weight", both) == both[:1]  # a talker is no text model
 
 
 @pytest.mark.parametrize(

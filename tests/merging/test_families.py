@@ -84,7 +84,9 @@ def test_scope_all_takes_every_shape_with_entries_without_a_notice():
     assert mergeable(shapes, "mystery", scope="all") == ["a", "b.bias", "conv"]
     with pytest.raises(ValueError, match="no parameter to merge"):
         mergeable({"scale": ()}, "llama", scope="all")
-    with pytest.raises(ValueError, match="scope 'some': give 'linear' or 'all'"):
+    with pytest.raises(ValueError, match="scope 'speech'.*'llama', has no talker"):
+        mergeable(shapes | {"model.layers.0.x.weight": (2, 2)}, "llama", scope="speech")
+    with pytest.raises(ValueError, match="scope 'some': give 'linear', 'speech' or 'all'"):
         mergeable(shapes, "llama", scope="some")
 
 

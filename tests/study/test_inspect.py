@@ -68,5 +68,21 @@ def test_summary_counts_what_merges(name):
         True: len(merging),
         False: len(kept),
     }
-    assert set(table["why"][table["merges"]]) == {LINEAR}
+    assert LINEAR in set(table["why"][table["merges"]]) <= {LINEAR, EXPERTS}
     assert LINEAR not in set(table["why"][~table["merges"]])
+
+
+def test_summary_of_what_merges_beside_the_layers_or_if_asked():
+    shapes = {
+        "model.language_model.layers.0.laurel.linear_left.weight": (64, 2048),
+        "model.language_model.per_layer_model_projection.weight": (8960, 2048),
+        "model.language_model.embed_tokens.weight": (262400, 2048),
+    }
+    table = summary(shapes, "gemma3n")
+    assert table["why"].tolist() == [LINEAR, LINEAR, "embeddings"]
+    assert table["merges"].tolist() == [True, True, False]
+    layers = [f"{part}.model.layers.0.x.weight" for part in ("thinker", "talker")]
+    shapes = dict.fromkeys(layers, (4, 4)) | {"talker.codec_head.weight": (8, 4)}
+    assert summary(shapes, "qwen2_5_omni")["count"].tolist() == [1, 2]
+    table = summary(shapes, "qwen2_5_omni", "speech")
+    assert table["merges"].tolist() == [True, True, False]  # the head is none of its layers

@@ -213,9 +213,10 @@ def test_scope_router_and_remote_code(write):
     recipe = load_recipe(write(scope="all", router="base", trust_remote_code=True))
     assert recipe.scope == "all" and recipe.trust_remote_code is True
     assert recipe.router == "base"
+    assert load_recipe(write(scope="speech")).scope == "speech"
     with pytest.raises(RecipeError, match="router: .*'merge' or 'base'"):
         load_recipe(write(router="mean"))
-    with pytest.raises(RecipeError, match="scope: .*'linear' or 'all'"):
+    with pytest.raises(RecipeError, match="scope: .*'linear', 'speech' or 'all'"):
         load_recipe(write(scope="vision"))
 
 
