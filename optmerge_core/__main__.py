@@ -6,7 +6,6 @@ Each command imports what it needs once its recipe is read, so that help and ref
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import warnings
 from collections.abc import Sequence
@@ -22,6 +21,9 @@ from optmerge_core.study import in_parts
 if TYPE_CHECKING:
     from optmerge_core.study.push import Push
     from optmerge_core.study.recipe import Recipe
+
+
+CLUSTER = "on many machines, by Ray: an address, auto, or local for processes on this one"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,13 +72,22 @@ def merge_command(options: argparse.Namespace) -> None:
     if recipe.merges == "modalities":
         if options.processor is not None:
             raise ValueError("--processor: every specialist keeps its own; leave it out")
+        if options.cluster is not None:
+            raise ValueError("--cluster: specialists are merged in one process; leave it out")
         from optmerge_core.omni import compose
 
         compose(*models, **chosen)
         print(f"{options.output}: one Omni model of {', '.join(recipe.experts)}")
         _finish(options, recipe, push)
         return
-    report = merge(*models, **chosen, stream=options.stream)
+    if options.cluster is None:
+        report = merge(*models, **chosen, stream=options.stream)
+    else:
+        from optmerge_core.study.cluster import merge_on_cluster
+
+        path = in_parts.plan_recipe(recipe, options, chosen)
+        report = merge_on_cluster(str(path), options.cluster)
+        path.unlink()
     for name, norm in report.relative_norms().items():
         if norm > OTHER_BASE_NORM:
             reason = "its alpha, rank or learning rate may not be what was meant"
@@ -129,7 +140,7 @@ def _check(options: argparse.Namespace, recipe: Recipe) -> None:
 
 def plan_command(options: argparse.Namespace) -> None:
     recipe = _load_recipe(options.recipe, options.stream)
-    in_parts.plan_recipe(recipe, options, _settings(recipe, options))
+    in_parts.tell(in_parts.plan_recipe(recipe, options, _settings(recipe, options)))
 
 
 def inspect_command(options: argparse.Namespace) -> None:
@@ -147,6 +158,10 @@ def run_command(options: argparse.Namespace) -> None:
     if options.sweep is None:
         from optmerge_core.study.notebooks import run
 
+        if options.cluster is not None:
+            from optmerge_core.study.cluster import run_on_cluster
+
+            run_on_cluster(options.recipe, options.output, options.device, options.cluster)
         run(options.recipe, options.output, options.device)
         return
     if options.output is None:
@@ -155,23 +170,24 @@ def run_command(options: argparse.Namespace) -> None:
 
     for path in options.recipe:
         load_recipe(path)
-    from rich.console import Console
-    from rich.table import Table
-
-    from optmerge_core.study.sweep import parse_axes, readable, sweep
+    from optmerge_core.study.sweep import parse_axes, show, sweep
 
     axes = parse_axes(options.sweep)
+    if options.cluster is not None:
+        from optmerge_core.study.cluster import sweep_on_cluster
+
+        share = f"{__package__}.__main__:{sweep_share.__name__}"
+        given = (options.recipe, axes, options.output, options.device, options.cluster)
+        sweep_on_cluster(share, *given)
     score_of = partial(_validation_score, options.device)
-    table = readable(sweep(options.recipe, axes, options.output, options.device, score_of))
-    shown = Table(title="validation accuracy (%), and what needs no data")
-    for name in table:
-        text = name in ("recipe", "method", "options")
-        shown.add_column(name, justify="left" if text else "right")
-    for row in table.itertuples(index=False):
-        texts = (f"{x:.4g}" if isinstance(x, float) else str(x) for x in row)
-        shown.add_row(*("–" if text == "nan" else text for text in texts))
-    Console(width=1000, soft_wrap=True, highlight=False).print(shown)  # as wide as it is
-    print(f"to read: {options.output}/index.html; all points: {options.output}/figures")
+    show(sweep(options.recipe, axes, options.output, options.device, score_of), options.output)
+
+
+def sweep_share(recipe: str, axes: dict[str, list[Any]], output: str, device: str) -> None:
+    """The part of a sweep that is one task of a cluster."""
+    from optmerge_core.study.sweep import sweep
+
+    sweep([recipe], axes, output, device, partial(_validation_score, device))
 
 
 def _validation_score(device: str, recipe: Recipe):
@@ -193,42 +209,21 @@ def _validation_score(device: str, recipe: Recipe):
 
 
 def extract_command(options: argparse.Namespace) -> None:
-    from optmerge_core.study.extract import REPORT, extract_adapter
+    from optmerge_core.study.extract import extract_adapter, summary
 
     given = {"rank": options.rank, "family": options.family, "overwrite": options.overwrite}
-    folder = extract_adapter(options.base_model, options.expert, options.output, **given)
-    report = json.loads(Path(folder, REPORT).read_text(encoding="utf-8"))
-    print(
-        f"{folder}: an adapter of rank {options.rank} for {len(report['matrices'])} matrices, with "
-        f"{report['kept']:.1%} of their update's energy ({report['kept_of_all']:.1%} of all)"
-    )
+    print(summary(extract_adapter(options.base_model, options.expert, options.output, **given)))
 
 
 def benchmarks_command(options: argparse.Namespace) -> None:
     if (options.model is None) == (options.results is None):
         raise ValueError("give either a merged model's folder, or --results with result files")
-    from optmerge_core import figures
-    from optmerge_core.evaluation import public_benchmarks, public_results
+    from optmerge_core.study import benchmarks
 
     if options.model is not None:
-        files = public_benchmarks.hand_off(options.model, options.table)
-        if options.output is None:
-            print(files["benchmarks.md"])
-            return
-        Path(options.output).mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            Path(options.output, name).write_text(text, encoding="utf-8")
-        print(f"{options.output}: {', '.join(files)}; run each script in its toolkit's environment")
-        return
-    results = public_results.read_results(options.results)
-    table = public_results.beside_paper(results, options.table, options.row)
-    print(f"Table {options.table}: {public_benchmarks.TABLES[options.table][1]}\n")
-    print(figures.markdown(table))
-    for line in public_results.remarks(results, options.table):
-        print(line)
-    if options.output is not None:
-        name = f"tablexx_public_benchmarks_{options.table}"
-        print(f"saved: {figures.save_table(table, options.output, name)}")
+        benchmarks.hand_off(options.model, options.table, options.output)
+    else:
+        benchmarks.beside_paper(options.results, options.table, options.row, options.output)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -257,6 +252,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_push_options(sub)
     stream = "read weights from the hub or a web server tensor by tensor, without downloading them"
     sub.add_argument("--stream", action="store_true", help=stream)
+    sub.set_defaults(plan=None, max_part_size=None)
+    sub.add_argument("--cluster", metavar="ADDRESS", help=CLUSTER)
     text = "decide a merge and cut it into parts, for `part` and `join` on any machine"
     sub = add("plan", plan_command, text)
     sub.add_argument("--stream", action="store_true", help=stream)
@@ -266,6 +263,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--stream", action="store_true", help=stream)
     text = "run the notebooks on a recipe, or on several and compare; or sweep over settings"
     sub = add("run", run_command, text)
+    sub.add_argument("--cluster", metavar="ADDRESS", help=CLUSTER)
     sub.add_argument(
         "--sweep",
         metavar="NAME=VALUE,VALUE",

@@ -1,8 +1,9 @@
-"""Where the repository's own files are, for notebooks and package alike. Imports nothing slow."""
+"""Where the repository's own files are, and who works on them. Imports nothing slow."""
 
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 
@@ -25,3 +26,8 @@ def checkout() -> Path:
 def in_checkout(path: str | Path) -> str:
     """A path of the repository from here, relative, so that no notebook shows a computer's own."""
     return Path(os.path.relpath(checkout() / path)).as_posix()
+
+
+def worker() -> str:
+    """Who works here: machine:process."""
+    return f"{socket.gethostname()}:{os.getpid()}"

@@ -77,6 +77,9 @@ Bytes = bytes | bytearray
 class CheckpointError(ValueError):
     """A checkpoint cannot be read or written; the message names the file and the remedy."""
 
+    again = True
+    """On another machine, or later, files and networks may do better."""
+
 
 class NotYet(CheckpointError):
     """The same command may succeed later: others are at work. A command ends with EX_TEMPFAIL."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -177,9 +177,16 @@ class ParameterMerger:
     def _memory(self, piece: Piece) -> int:
         """Bytes that a piece takes at most while it is merged: some ten stacks in float32."""
         name, number, _ = piece
-        stacks = 1 if self._blocked(name, number) else 10 * len(self.experts)
+        if name not in self.sources:
+            return 0
         shape = self.base.shape(name)[number is not None :]
-        return 4 * stacks * math.prod(shape) if name in self.sources else 0
+        experts = len(self.experts)
+        return 4 * math.prod(shape) if self._blocked(name, number) else memory(shape, experts)
+
+
+def memory(shape: Sequence[int], experts: int) -> int:
+    """Bytes that merging one parameter of this shape takes at most: ten stacks in float32."""
+    return 40 * experts * math.prod(shape)
 
 
 def merge_tensors(

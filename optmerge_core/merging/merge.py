@@ -20,6 +20,7 @@ from optmerge_core.merging.loop import Merged, ParameterMerger
 from optmerge_core.merging.plan import MergePlan, plan_merge
 from optmerge_core.merging.processor import write_side_files
 from optmerge_core.merging.report import MergeReport, Record, describe, untied, with_dtype
+from optmerge_core.places import worker
 from optmerge_core.runtime import Meter, in_order, parse_device
 
 Cost = Callable[[], dict[str, Any]]
@@ -103,7 +104,8 @@ def merge_part(plan: MergePlan, part: int) -> Path:
         if not isinstance(error, CheckpointError):  # files and networks may do better next time
             remove_parts(plan.parts_folder)
         raise
-    return write_part(plan.parts_folder, part, tensors, {"records": records, "cost": meter.read()})
+    notes = {"records": records, "cost": meter.read(), "worker": worker()}
+    return write_part(plan.parts_folder, part, tensors, notes)
 
 
 def join(plan: MergePlan) -> MergeReport:
@@ -126,12 +128,14 @@ def join(plan: MergePlan) -> MergeReport:
             f"({some}); call merge_part(plan, number) for each, then join again"
         )
     meter, costs = Meter(parse_device(plan.device)), list[dict[str, Any]]()
+    workers: dict[str, list[int]] = {}
     records: list[Record] = []
 
     def cost() -> dict[str, Any]:
         own = meter.read()
         return own | {
             "plan": plan.key,
+            "workers": workers,
             "seconds": math.fsum(x["seconds"] for x in (*costs, own)),
             "device": ", ".join(sorted({x["device"] for x in costs})),
             "peak_memory_bytes": max(x["peak_memory_bytes"] for x in (*costs, own)),
@@ -148,6 +152,7 @@ def join(plan: MergePlan) -> MergeReport:
                     writer.add(name, tensor)
                 records += notes["records"]
                 costs.append(notes["cost"])
+                workers.setdefault(notes["worker"], []).append(number)
             report = _finish(plan, writer, records, cost)
     except NothingChanges:
         remove_parts(folder)

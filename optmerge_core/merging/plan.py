@@ -21,6 +21,7 @@ from typing import Any, TypedDict
 import torch
 
 from optmerge_core.checkpoints.formats import CheckpointError, dtype_name, read_json
+from optmerge_core.checkpoints.names import is_stack
 from optmerge_core.checkpoints.weights import Weights
 from optmerge_core.checkpoints.writer import (
     CheckpointWriter,
@@ -32,7 +33,7 @@ from optmerge_core.checkpoints.writer import (
 )
 from optmerge_core.merging.checks import check_folders, check_request
 from optmerge_core.merging.experts import Opened, open_models
-from optmerge_core.merging.loop import trim_thresholds_over_model
+from optmerge_core.merging.loop import memory, trim_thresholds_over_model
 from optmerge_core.runtime import parse_device, parse_dtype
 from optmerge_core.task_vectors.stack import TaskVectors
 
@@ -116,6 +117,16 @@ class MergePlan:
         """`<output>.parts/<key>`, beside the output: what `merge_part` has finished."""
         output = Path(self.output_dir)
         return output.with_name(f"{output.name}.parts") / self.key
+
+    def memory(self, part: int) -> int:
+        """Bytes that merging a part takes at most, one parameter after the other."""
+        shapes = [
+            x["shape"][is_stack(name, tuple(x["shape"])) :]
+            for name in self.parts[part].names
+            if (x := self.parameters[name])["merged"]
+        ]
+        largest = max((memory(shape, len(self.experts)) for shape in shapes), default=0)
+        return largest + self.parts[part].bytes
 
     def opened(self) -> Opened:
         """The inputs, opened once a process. `CheckpointError` if they are no longer the plan's."""

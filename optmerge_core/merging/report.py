@@ -69,6 +69,8 @@ class MergeReport:
     """of an Omni model: modality -> its numbers of tokens that the base lacks -> their new ones"""
     plan: str | None = None
     """the key of the `MergePlan` whose parts were joined; None of a merge in one process"""
+    workers: dict[str, list[int]] | None = None
+    """machine:process -> the parts that it merged"""
     check: dict[str, Any] | None = None
     """whether the folder was seen to work, see `evaluation.check`; None before"""
     versions: dict[str, str] = field(

@@ -91,6 +91,15 @@ def extract_adapter(
     return Path(output_dir)
 
 
+def summary(folder: Path) -> str:
+    """A sentence about an extracted adapter, of its report."""
+    report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    return (
+        f"{folder}: an adapter of rank {report['rank']} for {len(report['matrices'])} matrices, "
+        f"with {report['kept']:.1%} of their update's energy ({report['kept_of_all']:.1%} of all)"
+    )
+
+
 def _settings(base_model: str | Path, rank: int, modules: list[str]) -> dict[str, object]:
     """adapter_config.json."""
     return {

@@ -17,26 +17,31 @@ if TYPE_CHECKING:
 
 
 def plan_recipe(recipe: Recipe, options: Namespace, settings: dict[str, Any]) -> Path:
-    """Decide a recipe's merge into `options.output` and write the plan; says how to go on."""
+    """Decide a recipe's merge into `options.output` and write the plan, beside it if not told."""
     from optmerge_core.merging.plan import plan_merge
 
     if recipe.merges == "modalities":
         raise ValueError(
-            f"{recipe.name} merges modalities, whose specialists have no plan: use `merge`"
+            f"{recipe.name} merges modalities, whose specialists have no plan: use `merge` alone"
         )
-    path = Path(options.plan or f"{options.output}.plan.json")
     if options.max_part_size is not None:
         settings["max_part_size"] = options.max_part_size
     models = (recipe.base_model, recipe.experts, options.output)
     plan = plan_merge(*models, **settings, stream=options.stream)
-    plan.save(path)
+    return plan.save(options.plan or f"{options.output}.plan.json")
+
+
+def tell(path: Path) -> None:
+    """What a plan holds, and how to go on with it."""
+    from optmerge_core.merging.plan import load_plan
+
+    plan = load_plan(path)
     count = len(plan.parts)
     print(
         f"{path}: {len(plan.parameters)} parameters in {count} parts. Where its inputs and "
         f"{plan.parts_folder} are seen, in any order: part {path} I, for I = 0 to {count - 1}, or "
         f"part {path} I N for each I of N workers; then once: join {path}"
     )
-    return path
 
 
 def merge_parts(path: str, worker: int, workers: int | None) -> None:

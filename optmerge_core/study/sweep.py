@@ -20,6 +20,8 @@ from typing import Any
 import pandas as pd
 import torch
 import yaml
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -150,7 +152,9 @@ def sweep(
     folder = Path(output_dir) / "figures"
     path = folder / f"{NAME}.csv"
     settings = {point.recipe.name: point.settings for point in wanted}
-    rows = {key: row for key, row in _read(path).items() if settings.get(key[0], key[4]) == key[4]}
+    rows = {
+        key: row for key, row in read_points(path).items() if settings.get(key[0], key[4]) == key[4]
+    }
     folder.mkdir(parents=True, exist_ok=True)
     pending = [point for point in wanted if point.key not in rows]
     progress = tqdm(total=len(wanted), initial=len(wanted) - len(pending), desc="sweep")
@@ -158,7 +162,7 @@ def sweep(
         for _, same in itertools.groupby(pending, key=lambda point: point.recipe.name):
             for key, row in _study(list(same), device, score_of):
                 rows[key] = row
-                _write(path, rows)
+                write_points(path, rows)
                 progress.update()
     table = _table([rows[point.key] for point in wanted])
     text = figures.markdown(readable(table).set_index("recipe"), decimals=3)
@@ -172,6 +176,20 @@ def sweep(
         Path(output_dir, "index.html"), Path(output_dir).name, executed, copies, folder, recipes
     )
     return table
+
+
+def show(table: pd.DataFrame, output_dir: str | Path) -> None:
+    """The table on the terminal, as wide as it is, and where to read on."""
+    table = readable(table)
+    shown = Table(title="validation accuracy (%), and what needs no data")
+    for name in table:
+        text = name in ("recipe", "method", "options")
+        shown.add_column(name, justify="left" if text else "right")
+    for row in table.itertuples(index=False):
+        texts = (f"{x:.4g}" if isinstance(x, float) else str(x) for x in row)
+        shown.add_row(*("–" if text == "nan" else text for text in texts))
+    Console(width=1000, soft_wrap=True, highlight=False).print(shown)
+    print(f"to read: {output_dir}/index.html; all points: {output_dir}/figures")
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
@@ -227,7 +245,7 @@ def _settings(path: Path) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _read(path: Path) -> dict[tuple, dict[str, Any]]:
+def read_points(path: Path) -> dict[tuple, dict[str, Any]]:
     """The finished points: key -> row. A file that is none of ours is a `ValueError`."""
     if not path.is_file():
         return {}
@@ -242,7 +260,7 @@ def _read(path: Path) -> dict[tuple, dict[str, Any]]:
     return dict(zip(keys, rows, strict=True))
 
 
-def _write(path: Path, rows: Mapping[tuple, dict[str, Any]]) -> None:
+def write_points(path: Path, rows: Mapping[tuple, dict[str, Any]]) -> None:
     """Replaced at once, so that an interruption leaves a whole file."""
     partial = path.with_suffix(".partial")
     _table(rows.values(), keep=("settings",)).to_csv(partial, index=False)
