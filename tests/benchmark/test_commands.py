@@ -17,6 +17,7 @@ GIVEN = {
     "questions smol": "folder",
     "train": "out --family qwen2_vl --only gentle/VQA --seed 2 --width 2 --learning-rate 1e-3",
     "omni-train": "out --seeds 1 2 --modalities vision audio",
+    "smol-omni-train": "out",
     "smol-base": "--place folder",
     "smol-texts": "folder",
     "seeds": f"{RECIPE} out --seeds 1 2 --references --regime long",

@@ -23,17 +23,19 @@ UP = "language_model.model.layers.0.mlp.up_proj.weight"
 SMALL = {"max_shard_size": "20KB", "max_part_size": "6KB"}  # several of each of a small model
 
 
+OWN = ("seconds", "output_dir", "plan", "workers")
+"""What reports of one merge differ in: time, place, and who did it in which parts."""
+
+
 def weights(folder: Path) -> dict[str, bytes]:
     """The safetensors files and their index, as bytes."""
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*safetensors*"))}
 
 
 def report(folder: Path) -> dict:
-    """Without what no run repeats, the output's own name, and whether it was joined."""
+    """Without what no run repeats."""
     content = json.loads((folder / "merge_report.json").read_text())
-    return {k: v for k, v in content.items() if k not in ("seconds", "output_dir", "plan")} | {
-        "peak_memory_bytes": None
-    }
+    return {k: v for k, v in content.items() if k not in OWN} | {"peak_memory_bytes": None}
 
 
 @pytest.fixture
