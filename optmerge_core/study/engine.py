@@ -7,11 +7,13 @@ what a task needs it imports itself.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from socket import create_connection
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -65,8 +67,10 @@ def connected(address: str) -> Iterator[Any]:
         return
     place = {} if address == "local" else {"address": address}
     try:
+        if host_and_port := re.fullmatch(r"([^/]+):(\d+)", address):  # Ray itself waits for minutes
+            create_connection((host_and_port[1], int(host_and_port[2])), 10).close()
         ray.init(**place, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ConnectionError(
             f"--cluster {address}: no cluster of Ray there ({error}); start one with `ray start "
             "--head` and `ray start --address=HOST:6379` elsewhere, or use --cluster local"
