@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from optmerge_core.merging.merge import join, merge, merge_part
     from optmerge_core.merging.merge_adapters import merge_adapters
     from optmerge_core.merging.plan import MergePlan, load_plan, plan_merge
+    from optmerge_core.methods import TABLE_METHODS
     from optmerge_core.methods.registry import METHODS
     from optmerge_core.methods.svc import svc
     from optmerge_core.study.extract import extract_adapter
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "METHODS": "methods.registry",
     "MergePlan": "merging.plan",
+    "TABLE_METHODS": "methods",
     "check_merged": "evaluation.check",
     "extract_adapter": "study.extract",
     "join": "merging.merge",
@@ -36,6 +38,7 @@ __version__ = "0.1.0"
 __all__ = [
     "METHODS",
     "MergePlan",
+    "TABLE_METHODS",
     "__version__",
     "check_merged",
     "extract_adapter",

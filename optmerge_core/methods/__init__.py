@@ -22,6 +22,15 @@ FILES = {
 }
 """Method -> the file of its formula; `registry.METHODS` has the functions."""
 
+TABLE_METHODS = (
+    *("weight_average", "task_arithmetic", "ties", "dare_task_arithmetic", "dare_ties", "tsv"),
+    *("iso_c", "wudi", "optmerge", "swudi", "aswudi"),
+)
+"""Those that notebooks 03 to 06, the committed tables and the experiments compare, in this order.
+
+`FILES` may have more: one that is added here makes these tables stale.
+"""
+
 THEN = "then"
 """The option that all methods have: `registry.calibrated` follows them."""
 

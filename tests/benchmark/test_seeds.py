@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from optmerge_core import METHODS, load_recipe
+from optmerge_core import TABLE_METHODS, load_recipe
 from optmerge_core.benchmark.evaluator import evaluator_for
 from optmerge_core.benchmark.experiments import ranks, seeds
 from optmerge_core.benchmark.experiments.variants import ablation, beyond
@@ -19,14 +19,14 @@ from optmerge_core.evaluation.questions import load_split
 def test_the_shipped_table_has_three_seeds_of_every_method(family):
     table = pd.read_csv(f"data/benchmark/{family}/seeds.csv", index_col=["seed", "model"])
     for seed in SEEDS:
-        assert {"base_model", "mixture", *TASKS, *METHODS} <= set(table.loc[seed].index)
+        assert {"base_model", "mixture", *TASKS, *TABLE_METHODS} <= set(table.loc[seed].index)
     average = table[list(TASKS)].mean(axis=1)
     pd.testing.assert_series_equal(average, table["Avg"], check_names=False, atol=1e-3)
 
 
 def test_evaluate_has_a_row_for_every_model(monkeypatch):
     study = load_recipe("data/recipes/qwen2_vl.yaml")
-    monkeypatch.setattr(seeds, "METHODS", {m: METHODS[m] for m in ("weight_average", "tsv")})
+    monkeypatch.setattr(seeds, "TABLE_METHODS", ("weight_average", "tsv"))
     few = study.model_copy(update={"scaling_coefficients": [1.0, 3.0]})
     questions = evaluator_for(study.base_model, load_split(study.evaluation.data, "validation", 8))
     assert seeds.trained(few, "not made", SEEDS[0]) is few
@@ -108,4 +108,4 @@ def test_experts_of_other_ranks_are_made_once(tmp_path):
 def test_the_shipped_table_of_ranks():
     table = pd.read_csv("data/benchmark/qwen2_vl/ranks.csv", index_col=["rank", "model"])
     for name in ranks.SETTINGS:
-        assert {"base_model", *TASKS, *METHODS} <= set(table.loc[name].index)
+        assert {"base_model", *TASKS, *TABLE_METHODS} <= set(table.loc[name].index)

@@ -367,8 +367,8 @@ def test_same_folder_twice_is_a_notice(tiny, tmp_path):
 
 def test_package_exports():
     assert set(optmerge_core.__all__) == {
-        "METHODS", "MergePlan", "__version__", "check_merged", "extract_adapter", "join",
-        "load_plan", "load_recipe", "merge", "merge_adapters", "merge_part", "open_checkpoint",
-        "open_expert", "plan_merge", "svc",
+        "METHODS", "MergePlan", "TABLE_METHODS", "__version__", "check_merged", "extract_adapter",
+        "join", "load_plan", "load_recipe", "merge", "merge_adapters", "merge_part",
+        "open_checkpoint", "open_expert", "plan_merge", "svc",
     }  # fmt: skip
     assert optmerge_core.merge is merge and optmerge_core.__version__ == "0.1.0"

@@ -20,14 +20,14 @@ from optmerge_core.benchmark.experiments.omni_evaluation import (
 from optmerge_core.benchmark.experiments.seeds import write
 from optmerge_core.benchmark.training.build import SEEDS
 from optmerge_core.evaluation.selection import best_scaling, search_scaling
-from optmerge_core.methods.registry import METHODS
+from optmerge_core.methods import TABLE_METHODS
 from optmerge_core.omni import compose
 from optmerge_core.omni.online import TEXT, online_weights, route
 from optmerge_core.omni.specialists import open_specialist
 from optmerge_core.study.open import open_study
 from optmerge_core.study.recipe import load_recipe
 
-MERGES = [method for method in METHODS if not method.startswith("dare")]
+MERGES = [method for method in TABLE_METHODS if not method.startswith("dare")]
 
 
 def weights_of(folder, names):

@@ -21,7 +21,7 @@ from optmerge_core.checkpoints.open import open_checkpoint, open_expert
 from optmerge_core.evaluation.metrics import accuracy
 from optmerge_core.evaluation.questions import load_split
 from optmerge_core.evaluation.selection import best_scaling, search_scaling
-from optmerge_core.methods.registry import METHODS
+from optmerge_core.methods import TABLE_METHODS
 from optmerge_core.study.open import open_study
 from optmerge_core.study.recipe import load_recipe
 
@@ -88,7 +88,7 @@ def evaluate(study, validation, test):
     """
     opened = open_study(study)
     base, names = opened.base, opened.names
-    variants = {method: (method, study.options(method)) for method in METHODS}
+    variants = {method: (method, study.options(method)) for method in TABLE_METHODS}
     variants |= {step: v for step, v in ablation(study).items() if step.startswith("+")} | beyond()
     merged = {
         label: opened.merge_tensors(method, method_options=options)
