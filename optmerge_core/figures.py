@@ -25,6 +25,18 @@ LABELS = {
     "swudi": "SWUDI",
     "aswudi": "ASWUDI",
     "mixture": "Mixture Training",
+    "iso_cts": "Iso-CTS",
+    "dc_merge": "DC-Merge",
+    "ssam": "SSAM",
+    "orthomerge": "OrthoMerge",
+    "breadcrumbs": "Model Breadcrumbs",
+    "breadcrumbs_ties": "TIES w/ Breadcrumbs",
+    "della": "DELLA",
+    "della_linear": "TA w/ DELLA",
+    "sce": "SCE",
+    "model_stock": "Model Stock",
+    "slerp": "SLERP",
+    "nuslerp": "NuSLERP",
 }
 """Key of a method or model -> its name in the paper's tables."""
 
@@ -42,8 +54,20 @@ COLORS = {
     "swudi": "#f0e442",
     "aswudi": "#5b4a8a",
     "mixture": "#222222",
+    "iso_cts": "#8b2f6b",
+    "dc_merge": "#66a61e",
+    "ssam": "#a6761d",
+    "orthomerge": "#e31a1c",
+    "breadcrumbs": "#fb9a99",
+    "breadcrumbs_ties": "#cab2d6",
+    "della": "#b2df8a",
+    "della_linear": "#33a02c",
+    "sce": "#1f78b4",
+    "model_stock": "#6a3d9a",
+    "slerp": "#b15928",
+    "nuslerp": "#ff7f00",
 }
-MARKERS = dict(zip(COLORS, "ohsv^<>DPXd*p", strict=True))
+MARKERS = dict(zip(COLORS, [*"ohsv^<>DPXd*p1234+x|_8H.", "$n$"], strict=True))
 EXPERT_COLORS = [
     "#0072b2",
     "#e69f00",

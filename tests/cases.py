@@ -2,6 +2,8 @@
 
 import torch
 
+from optmerge_core.methods import BASED, DRAWN, EXPERTS
+
 
 def randn(*shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
@@ -9,6 +11,16 @@ def randn(*shape, seed=0, dtype=torch.float32):
 
 def generators(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def fitted(method, task_vectors):
+    """As many experts as the method is for, and what it takes besides options: base, generators."""
+    count = EXPERTS.get(method, len(task_vectors))
+    stack = task_vectors[torch.arange(count) % len(task_vectors)]
+    more = {"base": randn(*stack.shape[1:], seed=9, dtype=stack.dtype)} if method in BASED else {}
+    if method in DRAWN:
+        more["generator"] = generators(*range(len(stack)))
+    return stack, more
 
 
 def experts(shape, count=3, seed=0, rank=None, scale=1e-3, dtype=torch.float64):

@@ -41,7 +41,7 @@ def test_every_method_has_a_label_and_looks_of_its_own():
 
 
 def test_the_committed_tables_have_the_methods_that_are_compared():
-    """A method that `METHODS` alone has changes no table; one more in TABLE_METHODS needs reruns."""
+    """What `METHODS` alone has changes no table; one more in TABLE_METHODS needs reruns."""
     assert set(TABLE_METHODS) <= set(METHODS)
     named = {LABELS[m] for m in METHODS}
     for table, folder in (("table02_full_finetuning", "internvl"), ("table03_lora", "qwen2_vl")):

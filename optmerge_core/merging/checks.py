@@ -74,7 +74,7 @@ def check_method(method: str, options: Mapping[str, Any], experts: int | None = 
 
     With `experts`, their number, also for a list of values that is not as long.
     """
-    set_by_merge = {"thresholds": "trim", "generator": "seed"}
+    set_by_merge = {"thresholds": "trim", "generator": "seed", "base": "base_model"}
     for name in options.keys() & set_by_merge.keys():
         raise ValueError(f"{method}: {name} follows from {set_by_merge[name]}; give that")
     try:

@@ -25,6 +25,7 @@ from optmerge_core.merging.checks import (
     check_request,
 )
 from optmerge_core.merging.report import Record, joined, record_of
+from optmerge_core.methods import BASED, DRAWN
 from optmerge_core.methods.dare import dare
 from optmerge_core.methods.registry import METHODS, merge_blocks, merges_in_blocks
 from optmerge_core.runtime import in_order, parse_device
@@ -126,8 +127,8 @@ class ParameterMerger:
             if name in self.averaged:
                 tensor = apply(tensor, stack.mean(dim=0), 1.0, dtype)
             else:
-                random = _random(self.task_vectors, self.method, self.seed, source, number)
-                merged = _merged(self.method, stack, self.options | random)
+                random = _random(self.experts, self.method, self.seed, source, number)
+                merged = _merged(self.method, stack, tensor, self.options | random)
                 made = record_of(name, tensor, stack, merged, self.experts)
                 tensor = apply(tensor, merged, self.scaling_coefficient, dtype)
         tensor = check_in_range(name, tensor.to("cpu", dtype))
@@ -158,7 +159,7 @@ class ParameterMerger:
         blocks = self.task_vectors.blocks(source, tensor)
         weights, changed = tensor.flatten(), torch.empty(tensor.numel(), dtype=dtype)
         squares = torch.zeros(2 + len(self.experts), dtype=torch.float64)
-        options = self.options | _random(self.task_vectors, self.method, self.seed, source)
+        options = self.options | _random(self.experts, self.method, self.seed, source)
         for entries, block, merged in merge_blocks(self.method, blocks, **options):
             own = weights[entries]
             changed[entries] = apply(own, merged, self.scaling_coefficient, dtype)
@@ -215,30 +216,33 @@ def merge_tensors(
 
     def merged(name: str) -> Tensor:
         whole = torch.empty(task_vectors.base.shape(name))
-        for number, _, stack in task_vectors.matrices(name):
+        for number, tensor, stack in task_vectors.matrices(name):
             check_finite_stack(name, task_vectors, stack)
-            random = _random(task_vectors, method, seed, name, number)
-            task_vectors.place(name, _merged(method, stack, options | random), number, whole)
+            random = _random(task_vectors.experts, method, seed, name, number)
+            merged = _merged(method, stack, tensor, options | random)
+            task_vectors.place(name, merged, number, whole)
         return whole
 
     progress = tqdm(task_vectors, desc=f"merging ({method})", unit="parameter", leave=False)
     return dict(zip(progress, in_order(merged, task_vectors, chosen), strict=True))
 
 
-def _merged(method: str, stack: Tensor, options: Mapping[str, Any]) -> Tensor:
+def _merged(method: str, stack: Tensor, base: Tensor, options: dict[str, Any]) -> Tensor:
     """By the method; a convolution, which is no stack of matrices, as one long row of entries."""
     flat = stack.flatten(1) if stack.ndim == 4 else stack
+    if method in BASED:
+        options["base"] = base.to(stack).reshape(flat.shape[1:])
     return METHODS[method](flat, **options).view(stack.shape[1:])
 
 
 def _random(
-    task_vectors: TaskVectors, method: str, seed: int, name: str, number: int | None = None
+    experts: Iterable[str], method: str, seed: int, name: str, number: int | None = None
 ) -> dict[str, Any]:
-    """DARE's generators; on the CPU on every device, so that the same entries drop anywhere."""
-    if not method.startswith("dare_"):
+    """Generators, for `DRAWN`; on the CPU on every device, so that the same entries drop."""
+    if method not in DRAWN:
         return {}
     more = [str(number)] * (number is not None)
-    seeds = [derive_seed(seed, name, expert, *more) for expert in task_vectors.expert_names]
+    seeds = [derive_seed(seed, name, expert, *more) for expert in experts]
     return {"generator": [torch.Generator().manual_seed(value) for value in seeds]}
 
 
@@ -254,7 +258,7 @@ def trim_thresholds_over_model(
 
     def before_trimming(name: str) -> Iterator[Tensor]:
         for number, _, stack in task_vectors.matrices(name):
-            random = _random(task_vectors, method, seed, name, number)
+            random = _random(task_vectors.experts, method, seed, name, number)
             yield dare(stack, settings["drop_rate"], **random) if random else stack
 
     density, device = settings["density"], task_vectors.device

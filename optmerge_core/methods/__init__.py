@@ -19,6 +19,18 @@ FILES = {
     "optmerge": "optmerge",
     "swudi": "swudi",
     "aswudi": "swudi",
+    "iso_cts": "iso_cts",
+    "dc_merge": "dc_merge",
+    "ssam": "ssam",
+    "orthomerge": "orthomerge",
+    "breadcrumbs": "breadcrumbs",
+    "breadcrumbs_ties": "breadcrumbs",
+    "della": "della",
+    "della_linear": "della",
+    "sce": "sce",
+    "model_stock": "model_stock",
+    "slerp": "slerp",
+    "nuslerp": "slerp",
 }
 """Method -> the file of its formula; `registry.METHODS` has the functions."""
 
@@ -30,6 +42,15 @@ TABLE_METHODS = (
 
 `FILES` may have more: one that is added here makes these tables stale.
 """
+
+BASED = ("orthomerge", "slerp", "nuslerp")
+"""Methods that are given the base's own tensor too, as `base` (nuslerp may do without)."""
+
+DRAWN = ("dare_task_arithmetic", "dare_ties", "della", "della_linear")
+"""Methods that draw at random, by a `generator` for each expert."""
+
+EXPERTS = {"slerp": 1, "nuslerp": 2}
+"""Methods for a number of experts, no more and no fewer."""
 
 THEN = "then"
 """The option that all methods have: `registry.calibrated` follows them."""
@@ -47,6 +68,13 @@ def check_names(method: str, options: Iterable[str] = ()) -> None:
         if isinstance(function, ast.FunctionDef) and function.name == method:
             own = [*(x.arg for x in function.args.kwonlyargs), THEN]
             check_options_exist(method, options, own)
+
+
+def check_count(method: str, experts: int) -> None:
+    """Raise `ValueError` where a method is for another number of experts."""
+    if (right := EXPERTS.get(method, experts)) != experts:
+        beside = "the base model and one expert" if right == 1 else f"{right} experts"
+        raise ValueError(f"{method} merges {beside}; {experts} experts are given")
 
 
 def no_method(name: str) -> ValueError:

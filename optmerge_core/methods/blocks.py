@@ -102,6 +102,18 @@ def kth_smallest(blocks: Blocks, k: Sequence[int]) -> Ranked:
     return Ranked(torch.from_numpy(np.array(magnitudes, drawn.dtype)), list(below), list(equal))
 
 
+def largest(row: Tensor, count: int) -> Tensor:
+    """Where the `count` entries of largest magnitude are, (size,) bool; of equal ones the first."""
+    if not 0 < count < len(row):
+        return torch.full_like(row, count > 0, dtype=torch.bool)
+    limit, smaller, equal = kth_smallest(Blocks.of(row[None]), [len(row) - count + 1])
+    sizes = row.abs()
+    found = sizes > limit.to(row)
+    left = count - (len(row) - smaller[0] - equal[0])
+    found[(sizes == limit.to(row)).nonzero()[:left, 0]] = True
+    return found
+
+
 def _ranked(entries: np.ndarray, rank: int, before: int) -> tuple[float, int, int]:
     """The value of that rank among these and `before` smaller ones; how many are smaller, equal."""
     place = rank - before - 1

@@ -5,6 +5,7 @@ The checks live here, once, so that the methods themselves are nothing but their
 
 import functools
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from optmerge_core.methods import check_options_exist
+from optmerge_core.methods import BASED, check_count, check_options_exist
 
 Method = Callable[..., Tensor]
 Stack = Float[Tensor, "experts *shape"]
@@ -32,7 +33,8 @@ def merge_method(*, matrices_only: bool = False) -> Callable[[Method], Method]:
     The method takes task vectors (experts, *shape), float32 or float64, and returns (*shape);
     (experts, matrices, m, n), of a mixture of experts, are merged matrix by matrix. With
     `matrices_only`, any other shape than (experts, m, n) gets the experts' mean.
-    An option the method does not have is a ValueError naming those it has.
+    An option the method does not have is a ValueError naming those it has. A method with the
+    keyword `base` (those of `BASED`) gets the base's own (*shape), in the task vectors' dtype.
     """
 
     def decorate(method: Method) -> Method:
@@ -41,8 +43,14 @@ def merge_method(*, matrices_only: bool = False) -> Callable[[Method], Method]:
         def checked(task_vectors: Tensor, **options: Any) -> Tensor:
             check_option_names(method, options)
             check_task_vectors(task_vectors)
+            check_count(method.__name__, len(task_vectors))
+            bases: Any = itertools.repeat({})
+            if method.__name__ in BASED:
+                base = check_base(method, task_vectors, options.get("base"))
+                bases = bases if base is None else ({"base": matrix} for matrix in base)
             if task_vectors.ndim == 4:
-                return torch.stack([method(x, **options) for x in task_vectors.unbind(1)])
+                pairs = zip(task_vectors.unbind(1), bases, strict=False)
+                return torch.stack([method(x, **options | own) for x, own in pairs])
             if matrices_only and task_vectors.ndim != 3:
                 return task_vectors.mean(dim=0)
             return method(task_vectors, **options)
@@ -71,6 +79,19 @@ def check_task_vectors(task_vectors: Tensor) -> None:
             f"task_vectors have shape {tuple(task_vectors.shape)}; the first dimension counts "
             "the experts and there must be at least one"
         )
+
+
+def check_base(method: Method, task_vectors: Tensor, base: Tensor | None) -> Tensor | None:
+    """The base's tensor; a ValueError unless it is one, or none where the method may do without."""
+    required = inspect.signature(method).parameters["base"].default is inspect.Parameter.empty
+    shape, dtype = task_vectors.shape[1:], task_vectors.dtype
+    if base is None and required or base is not None and (base.shape, base.dtype) != (shape, dtype):
+        found = "none" if base is None else f"{tuple(base.shape)} {base.dtype}"
+        raise ValueError(
+            f"{method.__name__} needs base, the base's own tensor, {tuple(shape)} {dtype}; {found} "
+            "is given"
+        )
+    return base
 
 
 def check_choice(name: str, value: object, valid: Iterable[object]) -> None:

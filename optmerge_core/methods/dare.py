@@ -1,12 +1,12 @@
 """DARE: drop entries at random and rescale the rest (arXiv 2311.03099)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from optmerge_core.methods.averages import _weighted_sum
+from optmerge_core.methods.averages import normalized, task_arithmetic
 from optmerge_core.methods.contract import (
     Share,
     Stack,
@@ -26,6 +26,7 @@ def dare_task_arithmetic(
     *,
     drop_rate: Share = 0.2,
     weights: Weights = None,
+    normalize: bool = False,
     generator: Generators = None,
 ) -> Float[Tensor, "*shape"]:
     """Task arithmetic on what `dare` leaves: (experts, *shape) -> (*shape)."""
@@ -33,8 +34,10 @@ def dare_task_arithmetic(
         from optmerge_core.methods import kernels
 
         kept = _draw_kept(task_vectors, drop_rate, generator)
-        return kernels.dare_sum(task_vectors, kept.bool(), drop_rate)
-    return _weighted_sum(dare(task_vectors, drop_rate, generator), weights)
+        total = kernels.dare_sum(task_vectors, kept.bool(), drop_rate)
+        return normalized(total, weights, len(task_vectors), normalize)
+    kept = dare(task_vectors, drop_rate, generator)
+    return task_arithmetic(kept, weights=weights, normalize=normalize)
 
 
 @merge_method()
@@ -75,13 +78,16 @@ def _draw_kept(task_vectors: Stack, drop_rate: Share, generator: Generators) -> 
     rates = per_expert("drop_rate", drop_rate, len(task_vectors))
     for rate in rates:
         check_share("drop_rate", rate, zero=True)
+    drawn = draws(task_vectors, generator)
+    kept = [uniform.ge_(rate) for uniform, rate in zip(drawn, rates, strict=True)]
+    return torch.stack(kept).to(task_vectors)
+
+
+def draws(task_vectors: Stack, generator: Generators) -> Iterator[Tensor]:
+    """Numbers between 0 and 1 for the entries of one expert after the other, where it lives."""
     generators = generator if isinstance(generator, Sequence) else [generator] * len(task_vectors)
     if len(generators) != len(task_vectors):
         raise ValueError(f"{len(generators)} generators for {len(task_vectors)} experts")
-
-    def draw(source: torch.Generator | None, rate: float) -> Tensor:
+    for source in generators:
         place = source.device if source else None
-        return torch.rand(task_vectors.shape[1:], generator=source, device=place).ge_(rate)
-
-    drawn = [draw(*pair) for pair in zip(generators, rates, strict=True)]
-    return torch.stack(drawn).to(task_vectors)
+        yield torch.rand(task_vectors.shape[1:], generator=source, device=place)

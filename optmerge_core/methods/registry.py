@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optmerge_core.methods import FILES, THEN, no_method
+from optmerge_core.methods import BASED, EXPERTS, FILES, THEN, check_count, no_method
 from optmerge_core.methods.blocks import Blocks, MergedBlock
 from optmerge_core.methods.contract import Method, check_option_names
 from optmerge_core.methods.svc import svc
@@ -45,7 +45,7 @@ def merge_blocks(method: str, blocks: Blocks, **options: Any) -> Iterator[Merged
         yield entries, block, METHODS[method](block, **options)
 
 
-EVEN = ("tsv", "iso_c")
+EVEN = ("tsv", "iso_c", "iso_cts")
 """Methods that even out what experts share themselves."""
 
 
@@ -99,14 +99,19 @@ def check_options(method_name: str, options: Mapping[str, Any], experts: int | N
     Names are compared with the method's own, values tried on 1×1 matrices of zeros, as many as
     there are values in a list with one for each expert; with `experts`, it must have that length.
     Of many steps, one is tried.
-    `thresholds` and `generator`, which depend on the task vectors, are seen by name only.
+    `thresholds` and `generator`, which depend on the task vectors, are seen by name only, and so is
+    `base`.
     """
     method = METHODS[method_name]
     check_option_names(method, options)
-    later = ("generator", "thresholds", "on_step")
+    if experts is not None:
+        check_count(method_name, experts)
+    later = ("generator", "thresholds", "on_step", "base")
     tried = {k: v for k, v in options.items() if k not in later}
+    if method_name in BASED:
+        tried["base"] = torch.zeros(1, 1)
     if isinstance(tried.get("steps"), int):
         tried["steps"] = min(tried["steps"], 1)
     lengths = [len(value) for value in tried.values() if isinstance(value, list | tuple)]
-    count = (experts or max(*lengths, 1)) if lengths else 1
+    count = (experts or max(*lengths, 1)) if lengths else EXPERTS.get(method_name, 1)
     method(torch.zeros(count, 1, 1), **tried)

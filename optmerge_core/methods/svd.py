@@ -37,16 +37,20 @@ def truncated_svd(
 
 
 def filled_svd(
-    matrix: Float[Tensor, "m n"], rank: int | None = None, seed: int = 0
+    matrix: Float[Tensor, "m n"], rank: int | None = None, seed: int = 0, floor: float = 0.0
 ) -> tuple[Float[Tensor, "m k"], Float[Tensor, " k"], Float[Tensor, "k n"]]:
     """`truncated_svd` in float64 with singular vectors for what is not resolved, too.
+
+    Singular values up to `floor` count as not resolved.
 
     Which null directions those are is arbitrary: an SVD in float32 has what rounding gives. Here
     they are what Gram-Schmidt leaves of Gaussian columns drawn by 2·seed for U and 2·seed + 1 for
     V, on the CPU: they hang on the spans of the other vectors alone, not on device or threads.
     """
     U, S, Vh = truncated_svd(matrix.double(), rank)
-    return _completed(U, 2 * seed), S, _completed(Vh.mT, 2 * seed + 1).mT
+    there = floor < S
+    U, Vh = U * there, Vh * there.unsqueeze(-1)
+    return _completed(U, 2 * seed), S * there, _completed(Vh.mT, 2 * seed + 1).mT
 
 
 def _completed(basis: Float64[Tensor, "m k"], seed: int) -> Float64[Tensor, "m k"]:

@@ -40,7 +40,7 @@ from optmerge_core.task_vectors.stack import TaskVectors
 NAME = "tablexx_sweep"
 KEYS = ["recipe", "method", "options", "scaling_coefficient"]
 DATA_FREE = ["interference_loss", "norm", "seconds"]
-LATER = ("thresholds", "generator", "on_step")
+LATER = ("thresholds", "generator", "on_step", "base")
 """Keywords of methods that no recipe can give."""
 
 Weights = Mapping[str, Tensor]

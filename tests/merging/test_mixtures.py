@@ -17,6 +17,7 @@ from optmerge_core.merging.families import mergeable
 from optmerge_core.merging.loop import merge_tensors
 from optmerge_core.merging.merge import join, merge_part
 from optmerge_core.merging.plan import load_plan, plan_merge
+from optmerge_core.methods import BASED, DRAWN, EXPERTS
 from optmerge_core.study.diagnosis import diagnose
 from optmerge_core.task_vectors.stack import TaskVectors, derive_seed
 
@@ -66,9 +67,11 @@ def one_by_one(method, base, experts, seed=0, **options):
         changes = []
         for matrix, number in matrices:
             drawn = {}
-            if method.startswith("dare"):
+            if method in DRAWN:
                 seeds = [derive_seed(seed, name, expert, *number) for expert in experts]
                 drawn["generator"] = [torch.Generator().manual_seed(x) for x in seeds]
+            if method in BASED:
+                drawn["base"] = tensor[int(number[0])] if number else tensor
             changes.append(METHODS[method](matrix, **options, **drawn))
         merged[name] = tensor + (torch.stack(changes) if tensor.ndim == 3 else changes[0])
     return merged
@@ -79,15 +82,16 @@ def one_by_one(method, base, experts, seed=0, **options):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_merges_matrix_by_matrix_however_they_lie(folder, tmp_path, method, shape):
     states = [tensors(seed, INNER[shape]) for seed in range(3)]
-    expected = one_by_one(
-        method, states[0], dict(zip("ab", states[1:], strict=True)), **OPTIONS.get(method, {})
-    )
+    names = "ab"[: EXPERTS.get(method, 2)]
+    own = dict(zip(names, states[1:], strict=False))
+    expected = one_by_one(method, states[0], own, **OPTIONS.get(method, {}))
     settings = {"method": method, "method_options": OPTIONS.get(method, {})}
     for number, (ours, theirs) in enumerate(product([False, True], repeat=2)):
         ways = zip(states, (ours, not theirs, theirs), strict=True)
         base, a, b = (turned(state) if way else state for state, way in ways)
         out = tmp_path / f"out{number}"
-        report = merge(folder(f"base{number}", base), {"a": a, "b": b}, out, **settings)
+        experts = dict(zip(names, (a, b), strict=False))
+        report = merge(folder(f"base{number}", base), experts, out, **settings)
         merged = load_file(out / "model.safetensors")
         # transformers 5 turns what has not the shape it expects
         loaded = {n: x if x.shape == expected[n].shape else x.mT for n, x in merged.items()}
@@ -98,7 +102,8 @@ def test_every_method_merges_matrix_by_matrix_however_they_lie(folder, tmp_path,
         if ours and shape == "oblong":
             assert merged[DOWN].shape == base[DOWN].shape  # the base's own layout is kept
     record = next(x for x in report.parameters if x["name"] == DOWN)
-    assert record["expert_norms"]["b"] == pytest.approx((states[2][DOWN] - states[0][DOWN]).norm())
+    last = states[len(names)][DOWN] - states[0][DOWN]
+    assert record["expert_norms"][names[-1]] == pytest.approx(last.norm())
     assert record["base_norm"] == pytest.approx(states[0][DOWN].norm())
     assert record["merged_norm"] == pytest.approx((expected[DOWN] - states[0][DOWN]).norm())
 

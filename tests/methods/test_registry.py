@@ -6,28 +6,32 @@ import re
 import pytest
 import reference
 import torch
-from cases import SHAPES, generators, randn
+from cases import SHAPES, fitted, generators, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from optmerge_core.merging.checks import check_method
+from optmerge_core.methods import BASED, DRAWN, EXPERTS, FILES
 from optmerge_core.methods.iso_c import iso_c
 from optmerge_core.methods.registry import METHODS, check_options
 from optmerge_core.methods.tsv import tsv
 
 NAMES = [
     "weight_average", "task_arithmetic", "ties", "dare_task_arithmetic", "dare_ties", "tsv",
-    "iso_c", "wudi", "optmerge", "swudi", "aswudi",
+    "iso_c", "wudi", "optmerge", "swudi", "aswudi", "iso_cts", "dc_merge", "ssam", "orthomerge",
+    "breadcrumbs", "breadcrumbs_ties", "della", "della_linear", "sce", "model_stock", "slerp",
+    "nuslerp",
 ]  # fmt: skip
-
-
-RANDOM = ["dare_task_arithmetic", "dare_ties"]
+COUNTED = [name for name in NAMES if name not in EXPERTS]
+LINEAR = [name for name in COUNTED[:7] + COUNTED[11:] if name != "orthomerge"]
+"""Those that scale as the task vectors do: of few methods their length is fixed, or the base's."""
+ON_MATRICES = ["tsv", *COUNTED[6:15]]
 
 
 def call(name, task_vectors, **options):
-    """The method, its randomness (if any) fixed expert by expert."""
-    if name in RANDOM:
-        options.setdefault("generator", generators(*range(len(task_vectors))))
-    return METHODS[name](task_vectors, **options)
+    """The method for as many experts as it takes, its randomness (if any) fixed one by one."""
+    stack, more = fitted(name, task_vectors)
+    return METHODS[name](stack, **more | options)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
@@ -72,18 +76,18 @@ def test_zeros_stay_zeros_and_never_become_nan(name):
     assert call(name, one_zero).isfinite().all()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", COUNTED)
 def test_the_order_of_experts_does_not_matter(name):
     task_vectors = randn(4, 20, 12, dtype=torch.float64)
     order = [2, 0, 3, 1]
-    options = {"generator": generators(*order)} if name in RANDOM else {}
+    options = {"generator": generators(*order)} if name in DRAWN else {}
     merged = call(name, task_vectors[order], **options)
     torch.testing.assert_close(merged, call(name, task_vectors))
 
 
 @given(factor=st.floats(1e-3, 1e3))
 @settings(max_examples=10, deadline=None)
-@pytest.mark.parametrize("name", NAMES[:7])
+@pytest.mark.parametrize("name", LINEAR)
 def test_scaled_experts_give_a_scaled_result(name, factor):
     task_vectors = randn(3, 8, 6, dtype=torch.float64)
     merged, scaled = call(name, task_vectors), call(name, factor * task_vectors)
@@ -96,18 +100,20 @@ def test_one_expert_is_itself(name):
     torch.testing.assert_close(METHODS[name](task_vectors), task_vectors[0])
 
 
-@pytest.mark.parametrize("name", ["tsv", "iso_c", "wudi", "optmerge", "swudi", "aswudi"])
+@pytest.mark.parametrize("name", ON_MATRICES)
 def test_methods_on_matrices_give_others_the_mean(name):
     for shape in ((3, 7), (3, 2, 2, 3, 4)):
-        assert torch.equal(METHODS[name](randn(*shape)), randn(*shape).mean(0))
+        assert torch.equal(call(name, randn(*shape)), randn(*shape).mean(0))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_stack_of_matrices_is_merged_matrix_by_matrix(name):
-    task_vectors, drawn = randn(3, 2, 5, 4), {}
-    if name in RANDOM:  # for one matrix after the other
-        drawn["generator"] = generators(0, 1, 2)
-    alone = [call(name, matrix, **drawn) for matrix in task_vectors.unbind(1)]
+    task_vectors, more = fitted(name, randn(3, 2, 5, 4))
+    bases = more.pop("base", [None] * 2)  # generators draw for one matrix after the other
+    alone = [
+        METHODS[name](matrix, **more | ({} if base is None else {"base": base}))
+        for matrix, base in zip(task_vectors.unbind(1), bases, strict=True)
+    ]
     assert torch.equal(call(name, task_vectors), torch.stack(alone))
 
 
@@ -123,7 +129,7 @@ def test_a_stack_of_matrices_is_merged_matrix_by_matrix(name):
 )
 def test_wrong_task_vectors_are_refused(name, task_vectors, message):
     with pytest.raises(ValueError, match=message):
-        METHODS[name](task_vectors)
+        METHODS[name](task_vectors, **({"base": torch.zeros(3, 3)} if name in BASED else {}))
 
 
 def test_the_table_has_the_contracts_methods():
@@ -189,6 +195,8 @@ EIGHTHS = [
     [[-2, 7, 1, 8], [2, -8, 1, -8], [2, 8, 4, 5]],
 ]
 """Two task vectors, times 8."""
+BASE = [[2, 7, -1, 8], [2, -8, 1, 8], [-2, 8, 4, 5]]
+"""The base's, times 8."""
 GOLDEN = [
     ("weight_average", {}, [
         [0.0625, 0.375, 0.3125, 0.5625], [-0.1875, 0.0625, 0.1875, -0.875],
@@ -283,6 +291,131 @@ GOLDEN = [
         [0.935728054, 0.870177977, -1.1327382, -2.65740521],
         [0.738994186, 0.572076495, -0.160117205, 1.21571211],
     ]),
+    ("iso_cts", {}, [
+        [-0.422621063, 0.446668883, 1.29186974, 0.75297078],
+        [-0.0872527529, 0.786654222, 0.473459305, -1.32793541],
+        [0.83525225, 1.21115563, -0.440229665, 0.505635885],
+    ]),
+    ("dc_merge", {}, [
+        [-0.519472401, 1.61562032, 0.429455009, 0.736296274],
+        [-0.52204941, 0.0313731978, 0.268011863, -1.09225093],
+        [0.380351501, 0.0706258415, -0.185662817, 0.903355931],
+    ]),
+    ("ssam", {}, [
+        [0.00282681405, 0.823067564, 0.00869242145, 0.778763008],
+        [-0.0044355422, -1.2914719, -0.0136392425, -1.22195381],
+        [0.00359891047, 1.04787454, 0.0110666093, 0.991468945],
+    ]),
+    ("orthomerge", {}, [
+        [0.10038537, -0.617794306, 0.223283893, 0.522444309],
+        [-0.393224551, 0.398340093, 0.325376647, -0.870073818],
+        [0.19583886, 0.791538228, -0.160454788, 0.237045612],
+    ]),
+    ("breadcrumbs", {}, [
+        [0.125, 0.875, 0.5, 1],
+        [-0.375, 0.125, 0.25, -1.75],
+        [0.875, 1.375, -0.125, 1.625],
+    ]),
+    ("breadcrumbs_ties", {}, [
+        [0.375, 0.875, 0.5, 1],
+        [-0.625, 1.125, 0.25, -1.75],
+        [0.875, 1.375, -0.625, 1.625],
+    ]),
+    ("della", {}, [
+        [0.441176477, 1.02941178, 0.359311741, 0.609649122],
+        [-0.83333333, 1.18421053, 0.288461538, -0.967492266],
+        [0.608974357, 0.814777328, -0.735294128, 0.893962853],
+    ]),
+    ("della_linear", {}, [
+        [0.107843145, 0.837104087, 0.718623482, 1.21929824],
+        [-0.499999998, 0.00773992158, 0.576923077, -1.93498453],
+        [1.21794871, 1.62955466, -0.0686274639, 1.78792571],
+    ]),
+    ("sce", {}, [
+        [0.375, 0.875, 0.294207317, 0.605182927],
+        [-0.625, 1.125, 0.181402439, -0.887195122],
+        [0.419207317, 0.717987805, -0.625, 0.794207317],
+    ]),
+    ("model_stock", {}, [
+        [0.00755536371, 0.0453321823, 0.0377768186, 0.0679982734],
+        [-0.0226660911, 0.00755536371, 0.0226660911, -0.105775092],
+        [0.052887546, 0.0831090009, -0.00755536371, 0.0982197283],
+    ]),
+    ("slerp", {}, [
+        [0.231497143, 0.0192089802, 0.262570612, 0.169350205],
+        [-0.318785306, 0.518502857, 0.150141225, -0.312146938],
+        [0.318785306, 0.306920817, -0.293644081, 0.613135511],
+    ]),
+    ("nuslerp", {}, [
+        [0.0856754911, 0.514052946, 0.428377455, 0.77107942],
+        [-0.257026473, 0.0856754911, 0.257026473, -1.19945687],
+        [0.599728437, 0.942430402, -0.0856754911, 1.11378138],
+    ]),
+    ("iso_cts", {"common_ratio": 0.4}, [
+        [-0.588558554, 0.90123957, -0.563423879, 1.17419046],
+        [-0.427809821, 1.11964076, -0.20640954, -1.1728521],
+        [1.31435768, 0.870862248, 0.551259473, 0.254910682],
+    ]),
+    ("dc_merge", {"density": 0.5, "spectrum": "ramp"}, [
+        [-0.519472401, 1.61562032, 0.429455009, 0.736296274],
+        [-0.52204941, 0.0313731978, 0.268011863, -1.09225093],
+        [0.380351501, 0.0706258415, -0.185662817, 0.903355931],
+    ]),
+    ("ssam", {"rank_ratio": 0.7}, [
+        [0.336792533, 0.270018102, -0.203179193, 0.991830595],
+        [-0.526529345, -0.443009288, 0.317378639, -1.57018429],
+        [0.347537464, 1.15708611, -0.198533261, 1.84802668],
+    ]),
+    ("ssam", {"rank_ratio": 0.4, "sequential": True}, [
+        [0.018906344, 0.779263806, 0.0982824327, 0.870358794],
+        [-0.0296658659, -1.22273961, -0.154214558, -1.36567637],
+        [0.0240702918, 0.992106528, 0.125126616, 1.10808257],
+    ]),
+    ("orthomerge", {"side": "inputs", "residual": "tsv"}, [
+        [0.209218628, -0.213535815, 0.590956403, 0.213363184],
+        [-0.542795595, 0.584780015, 1.06188314, -1.01313302],
+        [0.280230169, 0.118732658, -0.611560876, 0.43344665],
+    ]),
+    ("breadcrumbs", {"density": 0.5, "gamma": 0.2}, [
+        [0.125, 0.875, 0.5, 0],
+        [-0.625, 0, 0, -1.75],
+        [0.625, 1, -0.125, 0.625],
+    ]),
+    ("breadcrumbs_ties", {"density": 0.5, "gamma": 0.2, "normalize": True}, [
+        [0.375, 0.875, 0.5, 0],
+        [-0.625, 0, 0, -0.875],
+        [0.625, 1, -0.625, 0.625],
+    ]),
+    ("della", {"density": 0.5, "rescale": False}, [
+        [0, 0.875, 0.5, 1],
+        [-0.625, 0, 0, -1],
+        [0, 1, 0, 0.8125],
+    ]),
+    ("sce", {"select_topk": 0.5}, [
+        [0.375, 0.875, 0, 0.637755102],
+        [-0.625, 1.125, 0, 0],
+        [0, 0, -0.625, 0],
+    ]),
+    ("model_stock", {"filter_wise": True}, [
+        [-0.00225450012, -0.0135270007, -0.0112725006, -0.0202905011],
+        [0.111785463, -0.037261821, -0.111785463, 0.521665494],
+        [0.278287234, 0.437308511, -0.0397553192, 0.516819149],
+    ]),
+    ("slerp", {"t": 0.3}, [
+        [0.147376458, 0.0316272443, 0.157881073, 0.126367228],
+        [-0.189451618, 0.294667866, 0.0947399837, -0.168357338],
+        [0.189451618, 0.210574247, -0.168385688, 0.3894929],
+    ]),
+    ("nuslerp", {"of": "weights", "weights": [1, 3], "flatten": False}, [
+        [-0.0872060514, 0.658337558, 0.222676369, 0.822154616],
+        [0.0874133125, -0.988154657, 0.304911777, -0.883908835],
+        [0.348770499, 0.89933421, 0.235664358, 0.763740317],
+    ]),
+    ("task_arithmetic", {"weights": [1, 3], "normalize": True}, [
+        [-0.09375, 0.625, 0.21875, 0.78125],
+        [0.03125, -0.46875, 0.15625, -0.9375],
+        [0.34375, 0.84375, 0.21875, 0.71875],
+    ]),
 ]  # fmt: skip
 """Method, options, and what version 0.1.0 makes of `EIGHTHS` / 8 with them."""
 
@@ -291,12 +424,44 @@ def test_every_method_has_a_golden_value_by_its_defaults():
     assert [name for name, options, _ in GOLDEN if not options] == NAMES
 
 
+def test_the_short_tables_are_those_of_the_functions():
+    """They are read without torch: who gets the base, who draws, how many experts."""
+    options = {name: inspect.signature(METHODS[name]).parameters for name in FILES}
+    assert list(BASED) == [name for name in FILES if "base" in options[name]]
+    assert list(DRAWN) == [name for name in FILES if "generator" in options[name]]
+    for name, count in EXPERTS.items():
+        for wrong in {1, 2, 3} - {count}:
+            message = f"{name} merges .*; {wrong} experts are given"
+            with pytest.raises(ValueError, match=message):
+                METHODS[name](torch.zeros(wrong, 3, 3))
+            with pytest.raises(ValueError, match=message):
+                check_options(name, {}, wrong)
+
+
+@pytest.mark.parametrize("name", BASED)
+def test_the_bases_own_tensor_is_asked_for(name):
+    stack, more = fitted(name, randn(3, 6, 4))
+    for wrong in (randn(4, 6), more["base"].double()):
+        with pytest.raises(
+            ValueError, match=rf"{name} needs base.*\(6, 4\) torch.float32; .* is g"
+        ):
+            METHODS[name](stack, base=wrong)
+    if name != "nuslerp":
+        with pytest.raises(ValueError, match=f"{name} needs base, .*; none is given"):
+            METHODS[name](stack)
+    with pytest.raises(ValueError, match=f"{name}: base follows from base_model; give that"):
+        check_method(name, {"base": more["base"]})
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-8), (torch.float32, 2e-6)])
 @pytest.mark.parametrize("name, options, expected", GOLDEN)
 def test_numbers_stay_those_of_the_first_version(name, options, expected, dtype, tolerance):
     """A merge may be repeated by a later version: what it writes must not have moved."""
-    random = {"generator": generators(1, 2)} if name in RANDOM else {}
-    merged = METHODS[name](torch.tensor(EIGHTHS, dtype=dtype) / 8, **options, **random)
+    stack = torch.tensor(EIGHTHS, dtype=dtype)[: EXPERTS.get(name, 2)] / 8
+    more = {"generator": generators(1, 2)} if name in DRAWN else {}
+    if name in BASED:
+        more["base"] = torch.tensor(BASE, dtype=dtype) / 8
+    merged = METHODS[name](stack, **options, **more)
     expected = torch.tensor(expected, dtype=dtype)
     torch.testing.assert_close(merged, expected, rtol=0, atol=tolerance)
 
@@ -310,11 +475,14 @@ def test_defaults_are_the_contracts():
     trimming = {"density": 0.2, "thresholds": None, "weights": None, "normalize": True}
     trimming["rule"] = "released"
     dropping = {"drop_rate": 0.2, "generator": None}
+    crumbs = {"density": 0.9, "gamma": 0.01, "weights": None, "normalize": False}
+    pruning = {"density": 0.8, "epsilon": 0.15, "rescale": True, "generator": None}
+    pruning |= {"weights": None, "normalize": False}
     contract = {
         "weight_average": {"weights": None},
-        "task_arithmetic": {"weights": None},
+        "task_arithmetic": {"weights": None, "normalize": False},
         "ties": trimming,
-        "dare_task_arithmetic": dropping | {"weights": None},
+        "dare_task_arithmetic": dropping | {"weights": None, "normalize": False},
         "dare_ties": dropping | trimming,
         "tsv": {"null_directions": "zero"},
         "iso_c": {"null_directions": "zero", "mean_over": "all"},
@@ -323,7 +491,24 @@ def test_defaults_are_the_contracts():
         | dict.fromkeys(descent),
         "swudi": {"exp_time": 300.0, "rank_ratio": 0.65},
         "aswudi": {},
-    }
+        "iso_cts": {"common_ratio": 0.8, "size": "all", "null_directions": "zero"},
+        "dc_merge": {"rank": None, "spectrum": None, "ramp": 5.0, "density": 1e-3},
+        "ssam": {"rank_ratio": None, "sequential": False},
+        "orthomerge": {
+            "base": inspect.Parameter.empty, "residual": "task_arithmetic", "residual_scale": 0.2,
+            "side": "smaller",
+        },
+        "breadcrumbs": crumbs,
+        "breadcrumbs_ties": crumbs,
+        "della": pruning | {"normalize": True},
+        "della_linear": pruning,
+        "sce": {"select_topk": 1.0, "rule": "paper"},
+        "model_stock": {"filter_wise": False, "rule": "paper"},
+        "slerp": {"base": inspect.Parameter.empty, "t": 0.5},
+        "nuslerp": {
+            "base": None, "weights": None, "of": "task_vectors", "flatten": True, "row_wise": False,
+        },
+    }  # fmt: skip
     for name, method in METHODS.items():
         options = list(inspect.signature(method).parameters.values())[1:]
         expected = contract[name] | {"then": None}

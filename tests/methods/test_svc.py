@@ -5,7 +5,7 @@ import inspect
 import pytest
 import reference
 import torch
-from cases import CASES, distance, experts, generators, randn
+from cases import CASES, distance, experts, fitted, randn
 
 import optmerge_core
 from optmerge_core.methods.registry import METHODS, check_options
@@ -119,15 +119,14 @@ def test_svc_is_a_public_name():
 @pytest.mark.parametrize("name", METHODS)
 def test_svc_after_every_method(name):
     """By the option that all have: alpha 1 after TSV and Iso-C, 1 / experts after the others."""
-    stack, random = experts((16, 12), scale=0.1), {}
-    if name.startswith("dare_"):
-        random = {"generator": generators(1, 2, 3)}
-    merged = METHODS[name](stack, **random)
-    random = {"generator": generators(1, 2, 3)} if random else {}
-    alpha = 1.0 if name in ("tsv", "iso_c") else 1 / 3
-    assert torch.equal(METHODS[name](stack, then="svc", **random), svc(merged, stack, alpha))
-    random = {"generator": generators(1, 2, 3)} if random else {}
-    given = METHODS[name](stack, then={"svc": {"alpha": 0.7}}, **random)
+    task_vectors = experts((16, 12), scale=0.1)
+    stack, more = fitted(name, task_vectors)
+    merged = METHODS[name](stack, **more)
+    alpha = 1.0 if name in ("tsv", "iso_c", "iso_cts") else 1 / len(stack)
+    stack, more = fitted(name, task_vectors)  # its generators begin again
+    assert torch.equal(METHODS[name](stack, then="svc", **more), svc(merged, stack, alpha))
+    stack, more = fitted(name, task_vectors)
+    given = METHODS[name](stack, then={"svc": {"alpha": 0.7}}, **more)
     assert torch.equal(given, svc(merged, stack, 0.7))
     check_options(name, {"then": "svc"})
 

@@ -480,7 +480,7 @@ SCALED = case("linear", WEIGHTS, normalize=False)
         (case("optmerge", WEIGHTS, base=True), {}, "weight of optmerge: only 1"),
         (case("optmerge", base=True, normalize=True), {}, "optmerge has no option 'normalize'"),
         (case("ties", WEIGHTS), {}, "base_model: Field required"),
-        (case("slerp", base=True, t=0.5), {}, "no merge method 'slerp'"),
+        (case("karcher", base=True), {}, "no merge method 'karcher'"),
         (case("ties", base=True, merge=3), {"merge_method": ["ties"]}, "merge_method: .*string"),
         (TIES, {"models": [{"model": "other+ocr"}]}, r"'other\+ocr' is .*base_model\+adap"),
         (TIES, {"models": [{"model": {"path": "ocr"}}]}, "models.0.model: .*string"),

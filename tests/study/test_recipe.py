@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from optmerge_core.merging.checks import check_method
+from optmerge_core.methods import EXPERTS
 from optmerge_core.methods.registry import METHODS
 from optmerge_core.study.recipe import RecipeError, load_recipe
 
@@ -156,7 +157,7 @@ def test_options_for_studies_that_run_all_methods(write):
         ({"models": []}, "models: .*at least 1"),
         ({"models": [{"model": "base"}]}, "only the base model"),
         ({"models": [{"model": "ocr"}, {"model": "experts/ocr"}]}, "names are not unique"),
-        ({"merge_method": "slerp"}, "slerp.*weight_average"),
+        ({"merge_method": "passthrough"}, "passthrough.*weight_average"),
         ({"parameters": {"sparsity": True}}, "sparsity.*density"),
         ({"parameters": {"density": 7}}, "density"),
         ({"merge_method": "tsv", "parameters": {"weight": 0.5}}, "weight of tsv: only 1"),
@@ -241,7 +242,8 @@ def test_shipped_recipes_load_and_every_method_takes_its_options(path, tmp_path,
         path = shutil.copy(path, tmp_path / "recipes")
     recipe = load_recipe(path)
     for method in METHODS:
-        check_method(method, recipe.options(method), len(recipe.experts))
+        if EXPERTS.get(method, len(recipe.experts)) == len(recipe.experts):
+            check_method(method, recipe.options(method), len(recipe.experts))
     if recipe.name.startswith("paper_"):
         assert recipe.scaling_coefficients == [0.1, 0.3, 0.5, 0.7, 1.0, 1.5]
         assert recipe.options("optmerge")["preset"] in ("full", "lora", "modality")

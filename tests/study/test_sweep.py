@@ -86,7 +86,8 @@ def test_what_a_method_does_not_have_is_left_out_with_a_notice(recipe):
 @pytest.mark.parametrize(
     ("axes", "text"),
     [
-        ({"method": ["slerp"]}, "no merge method 'slerp'"),
+        ({"method": ["karcher"]}, "no merge method 'karcher'"),
+        ({"method": ["slerp"]}, "slerp merges the base model and one expert; 3 experts"),
         ({"ranks": [1]}, "--sweep ranks: no method has this option; .*rank_ratio"),
         ({"generator": [1]}, "--sweep generator: no method has this option"),
         ({"density": [0.1, 2]}, "density is 2"),
