@@ -13,7 +13,7 @@ from optmerge_core.methods.contract import (
 )
 from optmerge_core.methods.svc import EQUAL, NOTHING
 from optmerge_core.methods.svd import polar, truncated_svd
-from optmerge_core.methods.ties import _mean_of_sign
+from optmerge_core.methods.ties import mean_of_sign
 
 Triplets = tuple[Float64[Tensor, "m k"], Float64[Tensor, " k"], Float64[Tensor, "k n"]]
 
@@ -68,7 +68,7 @@ def dc_merge(
         own = M.where(M.abs() >= limit, 0)
         kept.append(torch.cat([own[block, block].flatten() for block in blocks]))
     values = torch.stack(kept)
-    entries = _mean_of_sign(values, values.sum(dim=0).sign(), None, True)
+    entries = mean_of_sign(values, values.sum(dim=0).sign(), None, True)
     merged = torch.zeros_like(task_vectors[0], dtype=torch.float64)
     for block in blocks:
         side = block.stop - block.start

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from optmerge_core.methods.blocks import largest
 from optmerge_core.methods.contract import Stack, check_choice, merge_method
-from optmerge_core.methods.ties import _mean_of_sign
+from optmerge_core.methods.ties import mean_of_sign
 
 
 @merge_method()
@@ -37,5 +37,5 @@ def sce(
     weights = torch.full_like(squares, 1 / len(squares)) if total < least else squares / total
     factors = weights.to(rows).unsqueeze(1)
     signs = torch.ones_like(rows[0]).copysign(rows.sum(dim=0).add_(0.0))
-    merged = _mean_of_sign(rows * factors, signs, factors, True)
+    merged = mean_of_sign(rows * factors, signs, factors, True)
     return merged.view(task_vectors.shape[1:])

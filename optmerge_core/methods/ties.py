@@ -57,7 +57,7 @@ def ties_blocks(
         sums = kept.sum(dim=0)
         positive = torch.ones_like(sums)
         signs = sums.sign() if rule == "released" else positive.copysign(sums.add_(0.0))  # -0: +
-        yield entries, block, _mean_of_sign(kept, signs, factors, normalize)
+        yield entries, block, mean_of_sign(kept, signs, factors, normalize)
         if rule == "released":
             balance += signs.sum()
             cancelled = (signs.numpy() == 0) & (kept.amax(dim=0).numpy() > 0)
@@ -65,7 +65,7 @@ def ties_blocks(
                 drawn.append((entries, torch.from_numpy(cancelled.nonzero()[0])))
     for entries, cancelled in drawn:
         kept = trimmed(blocks.read(entries)[:, cancelled])
-        merged = _mean_of_sign(kept, balance.sign(), factors, normalize)
+        merged = mean_of_sign(kept, balance.sign(), factors, normalize)
         yield entries.start + cancelled, None, merged
 
 
@@ -84,7 +84,7 @@ def _largest(row: Tensor, limit: float, left: float) -> tuple[Tensor, float]:
     return hardshrink(row, below.item()), left - found
 
 
-def _mean_of_sign(
+def mean_of_sign(
     values: Float[Tensor, "experts size"], signs: Tensor, weights: Tensor | None, normalize: bool
 ) -> Float[Tensor, " size"]:
     """Mean of the values that have an entry's sign: (experts, size), (size,) or () -> (size,).
