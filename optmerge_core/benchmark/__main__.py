@@ -24,6 +24,7 @@ COMMANDS = {
     "ranks": "experiments.ranks:main",
     "null-directions": "experiments.null_directions:main",
     "learning-rates": "experiments.learning_rates:main",
+    "rate-map": "experiments.rate_map:main",
     "smol-texts": "experiments.knowledge:main",
 }
 """Command, and the study if one is named -> file and function, imported when they are asked for."""
@@ -92,6 +93,9 @@ def parser() -> argparse.ArgumentParser:
     text = "TSV and Iso-C where experts have no direction: OUTPUT/null_directions.csv"
     sub = add("null-directions", text, "recipe", "output")
     sub.add_argument("--count", type=int, help="validation questions a task")
+    text = "merge RECIPE's experts at many learning rates of merging: OUTPUT/rate_map.csv"
+    sub = add("rate-map", text, "recipe", "output")
+    sub.add_argument("--seeds", nargs="+", type=int)
     text = "RECIPE's experts at several learning rates: OUTPUT/learning_rates.csv"
     add("learning-rates", text, "recipe", "output").add_argument("--rates", nargs="+", type=float)
     return whole

@@ -26,6 +26,7 @@ GIVEN = {
     "ranks": f"{RECIPE} out",
     "null-directions": f"{RECIPE} out --count 20",
     "learning-rates": f"{RECIPE} out --rates 1e-3 2e-3",
+    "rate-map": f"{RECIPE} out --seeds 1 2",
 }
 
 
