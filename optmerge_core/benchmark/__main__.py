@@ -25,6 +25,7 @@ COMMANDS = {
     "null-directions": "experiments.null_directions:main",
     "learning-rates": "experiments.learning_rates:main",
     "rate-map": "experiments.rate_map:main",
+    "comparison": "experiments.comparison:main",
     "smol-texts": "experiments.knowledge:main",
 }
 """Command, and the study if one is named -> file and function, imported when they are asked for."""
@@ -96,6 +97,10 @@ def parser() -> argparse.ArgumentParser:
     text = "merge RECIPE's experts at many learning rates of merging: OUTPUT/rate_map.csv"
     sub = add("rate-map", text, "recipe", "output")
     sub.add_argument("--seeds", nargs="+", type=int)
+    text = "merge and evaluate RECIPE's experts by all methods alike: OUTPUT/comparison.csv"
+    sub = add("comparison", text, "recipe", "output")
+    sub.add_argument("--seeds", nargs="+", type=int)
+    sub.add_argument("--methods", nargs="+", help="some of them (default: all)")
     text = "RECIPE's experts at several learning rates: OUTPUT/learning_rates.csv"
     add("learning-rates", text, "recipe", "output").add_argument("--rates", nargs="+", type=float)
     return whole

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import pandas as pd
 
+from optmerge_core.errors import extra
 from optmerge_core.evaluation.metrics import accuracy
 
 FAILS, UNDECIDED, UNTESTABLE, HOLDS = (
@@ -133,6 +134,25 @@ def verdict_table(verdicts, name="claim"):
     rows = {label: asdict(found) for label, found in verdicts.items()}
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(name)
     return table.rename(columns=lambda column: column.replace("_", " "))
+
+
+def average_ranks(scores):
+    """Mean rank of each model, 1 the best, equals sharing theirs: of a table, blocks × models."""
+    return scores.rank(axis=1, ascending=False).mean().sort_values()
+
+
+def critical_difference(models, blocks, level=0.95):
+    """How far two of `models` average ranks must lie apart to differ, over `blocks` of scores.
+
+    Nemenyi's test, as in Demšar, "Statistical comparisons of classifiers over multiple data sets"
+    (2006): q √(k (k + 1) / 6 N), q the Studentized range's quantile, divided by √2. It takes the
+    blocks for independent; those that share a study are not, so that it is too small for them.
+    """
+    with extra("benchmark"):
+        from scipy.stats import studentized_range
+
+    quantile = studentized_range.ppf(level, models, np.inf) / 2**0.5
+    return float(quantile * (models * (models + 1) / (6 * blocks)) ** 0.5)
 
 
 def sentences(verdicts):

@@ -27,6 +27,7 @@ GIVEN = {
     "null-directions": f"{RECIPE} out --count 20",
     "learning-rates": f"{RECIPE} out --rates 1e-3 2e-3",
     "rate-map": f"{RECIPE} out --seeds 1 2",
+    "comparison": f"{RECIPE} out --seeds 1 2 --methods tsv",
 }
 
 

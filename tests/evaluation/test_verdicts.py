@@ -10,7 +10,9 @@ from optmerge_core.evaluation.verdicts import (
     UNDECIDED,
     UNTESTABLE,
     Scores,
+    average_ranks,
     bootstrap,
+    critical_difference,
     every,
     interval,
     sentences,
@@ -153,3 +155,14 @@ def test_a_table_and_sentences_say_what_was_found():
     assert list(table["verdict"]) == [HOLDS, FAILS, UNTESTABLE] and table.index.name == "claim"
     assert {"lead", "low", "high", "lowest seed", "highest seed", "why"} < set(table.columns)
     assert sentences(found) == "Holds: a beats b.\nDoes not hold: b beats a."
+
+
+def test_average_ranks_share_what_is_equal():
+    scores = pd.DataFrame({"a": [3.0, 1.0], "b": [2.0, 1.0], "c": [1.0, 5.0]})
+    assert average_ranks(scores).to_dict() == {"a": 1.75, "b": 2.25, "c": 2.0}
+
+
+def test_critical_difference_is_the_published_one():
+    """Demšar (2006): four classifiers on 14 data sets, q 2.569 and a difference of 1.25."""
+    assert critical_difference(4, 14) == pytest.approx(1.25, abs=5e-3)
+    assert critical_difference(2, 10) == pytest.approx(1.960 * (2 * 3 / 60) ** 0.5, abs=1e-3)
