@@ -176,3 +176,27 @@ def sce(task_vectors: Tensor, select_topk=1.0) -> Tensor:
         share = sum(w for w, _ in own)
         merged.append(sum(w * x for w, x in own) / share if share else 0.0)
     return torch.tensor(merged, dtype=task_vectors.dtype).view(task_vectors.shape[1:])
+
+
+def merged_in_bases(products: list[Tensor], U: Tensor, V: Tensor, merge, even=False) -> Tensor:
+    """Coordinates of the products in orthonormal bases, merged, and back: `merge` of a stack."""
+    merged = merge(torch.stack([U.T @ product @ V for product in products]))
+    if even:
+        mean = torch.linalg.svdvals(merged).mean()
+        merged = mean * nearest(merged)
+    return U @ merged @ V.T
+
+
+def core_space(pairs, merge, even=False) -> Tensor:
+    """All B beside each other and all A below each other give the bases, by their SVD."""
+    U = torch.linalg.svd(torch.cat([b for b, _ in pairs], dim=1), full_matrices=False)[0]
+    Vh = torch.linalg.svd(torch.cat([a for _, a in pairs]), full_matrices=False)[2]
+    return merged_in_bases([b @ a for b, a in pairs], U, Vh.T, merge, even)
+
+
+def compressed_space(pairs, merge, rank: int, even=False) -> Tensor:
+    """The largest eigenvectors of Σ τ τᵀ and Σ τᵀ τ are the bases."""
+    products = [b @ a for b, a in pairs]
+    U = torch.linalg.eigh(sum(x @ x.T for x in products))[1].flip(1)[:, :rank]
+    V = torch.linalg.eigh(sum(x.T @ x for x in products))[1].flip(1)[:, :rank]
+    return merged_in_bases(products, U, V, merge, even)

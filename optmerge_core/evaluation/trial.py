@@ -16,9 +16,10 @@ from optmerge_core.checkpoints.open import open_checkpoint, open_expert
 from optmerge_core.errors import extra
 from optmerge_core.evaluation import chat
 from optmerge_core.merging.checks import with_preset
-from optmerge_core.merging.merge_adapters import check_possible, merge_adapters
+from optmerge_core.merging.merge_adapters import merge_adapters
 from optmerge_core.merging.processor import has_tokens
 from optmerge_core.merging.report import pinned
+from optmerge_core.merging.spaces import check_possible
 from optmerge_core.merging.templates import (
     QUESTION,
     TEXT,

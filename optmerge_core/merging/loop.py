@@ -127,7 +127,7 @@ class ParameterMerger:
             if name in self.averaged:
                 tensor = apply(tensor, stack.mean(dim=0), 1.0, dtype)
             else:
-                random = _random(self.experts, self.method, self.seed, source, number)
+                random = generators(self.experts, self.method, self.seed, source, number)
                 merged = _merged(self.method, stack, tensor, self.options | random)
                 made = record_of(name, tensor, stack, merged, self.experts)
                 tensor = apply(tensor, merged, self.scaling_coefficient, dtype)
@@ -159,7 +159,7 @@ class ParameterMerger:
         blocks = self.task_vectors.blocks(source, tensor)
         weights, changed = tensor.flatten(), torch.empty(tensor.numel(), dtype=dtype)
         squares = torch.zeros(2 + len(self.experts), dtype=torch.float64)
-        options = self.options | _random(self.experts, self.method, self.seed, source)
+        options = self.options | generators(self.experts, self.method, self.seed, source)
         for entries, block, merged in merge_blocks(self.method, blocks, **options):
             own = weights[entries]
             changed[entries] = apply(own, merged, self.scaling_coefficient, dtype)
@@ -218,7 +218,7 @@ def merge_tensors(
         whole = torch.empty(task_vectors.base.shape(name))
         for number, tensor, stack in task_vectors.matrices(name):
             check_finite_stack(name, task_vectors, stack)
-            random = _random(task_vectors.experts, method, seed, name, number)
+            random = generators(task_vectors.experts, method, seed, name, number)
             merged = _merged(method, stack, tensor, options | random)
             task_vectors.place(name, merged, number, whole)
         return whole
@@ -235,7 +235,7 @@ def _merged(method: str, stack: Tensor, base: Tensor, options: dict[str, Any]) -
     return METHODS[method](flat, **options).view(stack.shape[1:])
 
 
-def _random(
+def generators(
     experts: Iterable[str], method: str, seed: int, name: str, number: int | None = None
 ) -> dict[str, Any]:
     """Generators, for `DRAWN`; on the CPU on every device, so that the same entries drop."""
@@ -258,7 +258,7 @@ def trim_thresholds_over_model(
 
     def before_trimming(name: str) -> Iterator[Tensor]:
         for number, _, stack in task_vectors.matrices(name):
-            random = _random(task_vectors.experts, method, seed, name, number)
+            random = generators(task_vectors.experts, method, seed, name, number)
             yield dare(stack, settings["drop_rate"], **random) if random else stack
 
     density, device = settings["density"], task_vectors.device

@@ -63,6 +63,10 @@ class MergeReport:
     """whose processor, tokenizer and chat template: "base", an expert's name or a folder"""
     chat_template: str | None = None
     """in the place of the processor's own"""
+    space: str | None = None
+    """of merged adapters: where they merged, with the rank asked for and the spectrum"""
+    rank: int | None = None
+    spectrum: str | None = None
     weights: dict[str, str] = field(default_factory=dict)
     """weight file of the output -> its SHA-256"""
     added_tokens: dict[str, dict[int, int]] | None = None

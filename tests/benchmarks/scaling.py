@@ -17,7 +17,7 @@ from floors import copy_bandwidth, device_name, matmul_rate, show
 from layer import floor_flops
 from tqdm.auto import tqdm
 
-from optmerge_core.merging.merge_adapters import merge_factors
+from optmerge_core.merging.spaces import merge_factors
 from optmerge_core.methods.registry import METHODS
 from optmerge_core.runtime import peak_memory, reset_peak_memory
 

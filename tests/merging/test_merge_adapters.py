@@ -17,7 +17,7 @@ from optmerge_core.checkpoints.names import PREFIX
 from optmerge_core.checkpoints.open import open_expert
 from optmerge_core.merging.families import mergeable
 from optmerge_core.merging.loop import merge_tensors
-from optmerge_core.merging.merge_adapters import merge_cores, merge_factors
+from optmerge_core.merging.spaces import merge_cores, merge_factors
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +91,51 @@ def test_merged_adapter_loads_with_peft(family, tmp_path):
     dense = open_checkpoint(tmp_path / "dense")
     for name in dense:
         torch.testing.assert_close(model[name], dense[name], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "space", "rank"),
+    [
+        ("task_arithmetic", {"space": "core"}, 8),
+        ("dare_ties", {"space": "core", "spectrum": "even"}, 8),
+        ("task_arithmetic", {"space": "compressed", "rank": 20}, 8),
+        ("ties", {"space": "compressed", "rank": 2}, 2),
+    ],
+)
+def test_merged_in_a_space(family, tmp_path, method, space, rank):
+    """Of sums nothing is lost, where the rank allows; what is drawn hangs on the seed alone."""
+    base, experts = family
+    folder = merge_adapters(experts, tmp_path / "out", method=method, **space, seed=1)
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == rank
+    merged, weights = open_expert(folder, open_checkpoint(base)), open_checkpoint(base)
+    parts = [open_expert(path, weights) for path in experts.values()]
+    turned = dict(reversed(experts.items()))
+    order = open_expert(
+        merge_adapters(turned, tmp_path / "turned", method=method, **space, seed=1), weights
+    )
+    other = open_expert(
+        merge_adapters(experts, tmp_path / "other", method=method, **space, seed=2), weights
+    )
+    for name in mergeable(weights.shapes(), "qwen2"):
+        task_vector = merged.task_vector(name)
+        torch.testing.assert_close(order.task_vector(name), task_vector, atol=1e-6, rtol=1e-4)
+        assert torch.equal(other.task_vector(name), task_vector) == (method != "dare_ties")
+        if method == "task_arithmetic":
+            total = sum(part.task_vector(name) for part in parts)
+            torch.testing.assert_close(task_vector, total, atol=1e-6, rtol=1e-5)
+
+
+def test_a_space_that_is_none_is_refused_before_any_work(family, tmp_path):
+    _, experts = family
+    for options, message in (
+        ({"space": "compressed"}, "needs that of the merged adapter"),
+        ({"rank": 4}, "rank is for space='compressed'"),
+        ({"method": "slerp", "space": "core"}, "slerp merges the base model and one expert"),
+        ({"method": "orthomerge", "space": "core"}, "orthomerge needs the base's own matrix"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            merge_adapters(experts, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_merged_rank_is_at_most_the_sum_of_ranks(family, tmp_path):

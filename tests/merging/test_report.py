@@ -222,6 +222,23 @@ def test_merged_adapters_get_a_report_and_a_card(tmp_path):
     assert 'PeftModel.from_pretrained(model, "path/to/this/folder")' in card
 
 
+def test_a_merged_adapters_card_makes_it_again_in_its_space(tmp_path):
+    folders = {name: adapter(tmp_path / name, seed) for seed, name in enumerate(("ocr", "vqa"))}
+    for space, told in (
+        ({"space": "core", "spectrum": "even", "seed": 3}, "Core Space, with an even spectrum; sc"),
+        ({"space": "compressed", "rank": 1}, "layers, each compressed to rank 1 and merged there;"),
+    ):
+        out = merge_adapters(folders, tmp_path / space["space"], method="dare_ties", **space)
+        done = json.loads((out / "merge_report.json").read_text())
+        assert {key: done[key] for key in space} == space
+        card = (out / "README.md").read_text()
+        assert told in card
+        again = tmp_path / f"{space['space']} again"
+        exec(block(card, "python").replace('"merged"', repr(str(again))))
+        weights = "adapter_model.safetensors"
+        assert (again / weights).read_bytes() == (out / weights).read_bytes()
+
+
 def adapter(folder, seed):
     """A LoRA adapter of one layer, 5 inputs and 6 outputs, rank 2, scale 4 / 2."""
     generator = torch.Generator().manual_seed(seed)
