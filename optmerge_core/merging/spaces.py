@@ -25,6 +25,7 @@ from optmerge_core.methods.iso_cts import counts, from_counts
 from optmerge_core.methods.optmerge import PRESETS
 from optmerge_core.methods.registry import METHODS, calibrated
 from optmerge_core.methods.svd import truncated_svd
+from optmerge_core.methods.swudi import of_preset
 
 ENTRYWISE = "works on single entries, which leaves the span of the factors"
 LEAVING = dict.fromkeys(
@@ -207,7 +208,7 @@ def _merged_cores(
         options["rank"] = min(most if rank is None else rank, whole)
         return _padded(cores, options["rank"], method, options)
     if method == "swudi":
-        kept = math.ceil(options.get("rank_ratio", 0.65) * shape[1])
+        kept = math.ceil(of_preset(**options)[1] * shape[1])
         options["rank_ratio"] = min(1.0, (kept - 0.5) / cores.shape[2])
     if method in ("optmerge", "ssam"):
         ratio = options.get("rank_ratio")

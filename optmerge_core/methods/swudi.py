@@ -7,23 +7,50 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from optmerge_core.methods.contract import Matrices, Matrix, check_share, merge_method
+from optmerge_core.methods.contract import (
+    Matrices,
+    Matrix,
+    check_choice,
+    check_share,
+    merge_method,
+)
 from optmerge_core.methods.interference import interference
+
+PRESETS = {"full": (300.0, 0.65), "lora": (1300.0, 0.01)}
+"""exp_time and rank_ratio: the later release's for InternVL2.5-1B, fully fine-tuned, and for
+Qwen2-VL-7B, LoRA, there with λ = 0.2."""
 
 
 @merge_method(matrices_only=True)
-def swudi(task_vectors: Matrices, *, exp_time: float = 300.0, rank_ratio: float = 0.65) -> Matrix:
+def swudi(
+    task_vectors: Matrices,
+    *,
+    preset: str = "full",
+    exp_time: float | None = None,
+    rank_ratio: float | None = None,
+) -> Matrix:
     """Spectral WUDI: gradient flow for `exp_time` on the leading eigenvalues of C.
 
     f = 1 − exp(−exp_time·Λ) on the largest ⌈rank_ratio·n⌉, else 0; (experts, m, n) -> (m, n).
+    What is None is the preset's, "full" or "lora".
     """
-    check_share("rank_ratio", rank_ratio)
+    time, ratio = of_preset(preset, exp_time, rank_ratio)
+    check_share("rank_ratio", ratio)
 
     def flow(eigenvalues: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        kept = math.ceil(rank_ratio * len(eigenvalues))
-        return -torch.expm1(-exp_time * eigenvalues) * _leading(eigenvalues, kept)
+        kept = math.ceil(ratio * len(eigenvalues))
+        return -torch.expm1(-time * eigenvalues) * _leading(eigenvalues, kept)
 
     return _filter_interference(task_vectors, flow)
+
+
+def of_preset(
+    preset: str = "full", exp_time: float | None = None, rank_ratio: float | None = None
+) -> tuple[float, float]:
+    """exp_time and rank_ratio, the preset's where they are None."""
+    check_choice("preset", preset, PRESETS)
+    time, ratio = PRESETS[preset]
+    return time if exp_time is None else exp_time, ratio if rank_ratio is None else rank_ratio
 
 
 @merge_method(matrices_only=True)

@@ -42,6 +42,8 @@ TRANSLATED = [
     ("nuslerp", {"weights": [0.2, 0.8]}),
     ("swudi", {}),
     ("swudi", {"rank_ratio": 0.1, "exp_time": 3.0}),
+    ("swudi", LORA),
+    ("swudi", LORA | {"rank_ratio": 0.1, "then": "svc"}),
     ("wudi", {"optimizer": "ridge"}),
     ("wudi", {"optimizer": "sgd", "learning_rate": 0.1}),
     ("optmerge", LORA | {"learning_rate": 0.1}),

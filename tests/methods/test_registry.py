@@ -174,6 +174,7 @@ def test_an_unknown_option_is_named_with_the_valid_ones(name):
         ("dare_ties", {"drop_rate": -0.1}, "drop_rate"),
         ("optmerge", {"preset": "all"}, "preset"),
         ("swudi", {"rank_ratio": 0}, "rank_ratio"),
+        ("swudi", {"preset": "modality"}, "preset is 'modality'; valid are 'full', 'lora'"),
         ("lines", {}, "no merge method"),
     ],
 )
@@ -489,7 +490,7 @@ def test_defaults_are_the_contracts():
         "wudi": descent,
         "optmerge": {"preset": "full", "center": None, "subspace": None, "rank_ratio": None}
         | dict.fromkeys(descent),
-        "swudi": {"exp_time": 300.0, "rank_ratio": 0.65},
+        "swudi": {"preset": "full", "exp_time": None, "rank_ratio": None},
         "aswudi": {},
         "iso_cts": {"common_ratio": 0.8, "size": "all", "null_directions": "zero"},
         "dc_merge": {"rank": None, "spectrum": None, "ramp": 5.0, "density": 1e-3},
