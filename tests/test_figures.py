@@ -49,6 +49,18 @@ def test_the_committed_tables_have_the_methods_that_are_compared():
         assert [row for row in rows if row in named] == [LABELS[m] for m in TABLE_METHODS]
 
 
+def test_the_later_releases_numbers_have_the_papers_methods_and_models():
+    """Notebook 03 prints OptMerge's; that for InternVL is another row of Table 2."""
+    later = paper_table("data/paper", "later_release")
+    assert set(later.index) <= {LABELS[m] for m in TABLE_METHODS}
+    table2 = paper_table("data/paper", "table2_internvl25_1b_full_finetuning")["Avg"]
+    assert (
+        later.loc["OptMerge", "InternVL2.5-1B"] == table2["Task Arithmetic"] != table2["OptMerge"]
+    )
+    table3 = paper_table("data/paper", "table3_qwen2vl_7b_lora")["Avg"]
+    assert later.loc["OptMerge", "Qwen2-VL-7B"] < table3["OptMerge"]
+
+
 def test_labels_are_the_papers():
     published = paper_table("data/paper", "table2_internvl25_1b_full_finetuning").index
     ours = [LABELS[m] for m in TABLE_METHODS if m not in ("swudi", "aswudi")]
