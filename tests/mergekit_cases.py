@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 GOLDEN = Path(__file__).with_name("mergekit_golden.safetensors")
 EXPERTS = ("ocr", "vqa", "chart")
 MORE = (*EXPERTS, "grounding")
+NOISE = dict.fromkeys(MORE, 100)
 DTYPES = ("float32", "bfloat16", "float16")
 WEIGHTS = (0.25, 0.5, 1.25)  # sums that cancel exactly do so in any precision
 DENSITIES = (0.3, 0.55, 0.9)
@@ -33,32 +34,43 @@ LAYER = {
     "self_attn.o_proj": (4, 4), "mlp.gate_proj": (6, 4), "mlp.up_proj": (6, 4),
     "mlp.down_proj": (4, 6), "input_layernorm": (4,), "post_attention_layernorm": (4,),
 }  # fmt: skip
-SHAPES = {
-    "lm_head.weight": (5, 4),
-    "model.embed_tokens.weight": (5, 4),
-    **{f"model.layers.0.{name}.weight": shape for name, shape in LAYER.items()},
-    "model.norm.weight": (4,),
-}
 
 
-def write_models(root, dtypes=DTYPES):
-    """`root/<dtype>/<name>` for the base and four experts that differ in every parameter.
+def shapes(layers):
+    """Parameter -> shape, in the order of the golden values."""
+    numbered = [(number, *item) for number in range(layers) for item in LAYER.items()]
+    return {
+        "lm_head.weight": (5, 4),
+        "model.embed_tokens.weight": (5, 4),
+        **{f"model.layers.{number}.{name}.weight": shape for number, name, shape in numbered},
+        "model.norm.weight": (4,),
+    }
 
+
+SHAPES = shapes(1)
+
+
+def write_models(root, dtypes=DTYPES, layers=1, divisors=NOISE):
+    """`root/<dtype>/<name>` for the base and experts that differ in every parameter.
+
+    divisors: expert -> what the standard normal numbers are divided by that it adds to the base's
+    weights, which are such numbers divided by 2.
     In the 16-bit dtypes, many entries of an expert have the same magnitude, and experts cancel
     exactly.
     """
     for dtype in dtypes:
-        for number, name in enumerate(("base", *MORE)):
+        for number, name in enumerate(("base", *divisors)):
             base, own = np.random.default_rng(0), np.random.default_rng(number)
             tensors = {}
-            for parameter, shape in SHAPES.items():
+            for parameter, shape in shapes(layers).items():
                 start = torch.from_numpy(base.standard_normal(shape) / 2).to(getattr(torch, dtype))
-                noise = torch.from_numpy(own.standard_normal(shape) / 100).to(start.dtype)
-                tensors[parameter] = start + noise if number else start
+                noise = torch.from_numpy(own.standard_normal(shape) / divisors.get(name, 1))
+                tensors[parameter] = start + noise.to(start.dtype) if number else start
             folder = root / dtype / name
             folder.mkdir(parents=True)
             save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-            (folder / "config.json").write_text(json.dumps(CONFIG | {"dtype": dtype}))
+            config = CONFIG | {"num_hidden_layers": layers, "dtype": dtype}
+            (folder / "config.json").write_text(json.dumps(config))
 
 
 def case(merge_method, weights=None, densities=None, base=False, listed=False, **parameters):
