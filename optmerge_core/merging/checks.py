@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from optmerge_core.checkpoints.formats import dtype_name, side_files
 from optmerge_core.checkpoints.weights import Weights
 from optmerge_core.merging.licences import tell_licences
+from optmerge_core.merging.varied import Settings, varied
 from optmerge_core.methods.registry import check_options
 from optmerge_core.runtime import FLOAT_DTYPES, in_order
 from optmerge_core.task_vectors.stack import TaskVectors
@@ -56,7 +57,9 @@ def check_request(
     if trim == "model" and method not in TRIMMING:
         raise ValueError(f"trim='model' is for {' and '.join(TRIMMING)}; {method} does not trim")
     if trim == "model" and isinstance(options.get("density"), list | tuple):
-        raise ValueError("trim='model' takes one density for all experts; use trim='tensor'")
+        raise ValueError(
+            "trim='model' takes one density for all experts, layers and tensors; use trim='tensor'"
+        )
 
 
 def with_preset(method: str, options: Mapping[str, Any] | None, preset: str) -> dict[str, Any]:
@@ -72,11 +75,43 @@ def with_preset(method: str, options: Mapping[str, Any] | None, preset: str) -> 
 def check_method(method: str, options: Mapping[str, Any], experts: int | None = None) -> None:
     """Raise `ValueError` for a method or option that does not exist, or a value that is none.
 
-    With `experts`, their number, also for a list of values that is not as long.
+    With `experts`, their number, also for a list of values that is not as long. What is varied is
+    tried by each filter and at each layer it has a value for.
     """
     set_by_merge = {"thresholds": "trim", "generator": "seed", "base": "base_model"}
     for name in options.keys() & set_by_merge.keys():
         raise ValueError(f"{method}: {name} follows from {set_by_merge[name]}; give that")
+    for own, _ in Settings(options).examples():
+        _try(method, own, experts)
+
+
+def check_settings(
+    method: str, options: Mapping[str, Any], base: Iterable[str], names: Iterable[str], experts: int
+) -> Settings:
+    """The settings of the parameters `names` of a base, of which all that are different are tried.
+
+    Raises `ValueError`, and warns of filters that are part of none of these names.
+    """
+    settings, tried = Settings(options, base), dict[str, None]()
+    if not settings.vary:
+        return settings
+    names = list(names)
+    for name in names:
+        try:
+            own, _ = settings.of(name)
+            if (text := repr(own)) not in tried:
+                _try(method, own, experts)
+                tried[text] = None
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    filters = {(key, entry.get("filter", "*")) for key, v in varied(options) for entry in v}
+    for key, text in sorted(filters):
+        if text != "*" and not any(text in name for name in names):
+            notice(f"{key}: the filter {text!r} is part of the name of nothing that merges")
+    return settings
+
+
+def _try(method: str, options: Mapping[str, Any], experts: int | None) -> None:
     try:
         check_options(method, options, experts)
         if not callable(options.get("on_step", print)):

@@ -21,6 +21,7 @@ from optmerge_core.merging.families import mergeable, merges, unread
 from optmerge_core.merging.heads import with_heads
 from optmerge_core.merging.processor import Processor, choose, embedding_rows
 from optmerge_core.merging.prompting import differences
+from optmerge_core.merging.varied import layer_of, stacks
 from optmerge_core.runtime import FLOAT_DTYPES
 
 
@@ -50,6 +51,7 @@ def open_models(
     stream: bool = False,
     processor: str | Path | None = None,
     chat_template: str | None = None,
+    layers: int | None = None,
 ) -> Opened:
     """Open a base model and its experts (name -> location, model or state dict).
 
@@ -71,10 +73,23 @@ def open_models(
     names = mergeable(base.shapes(), model_type, scope, router)
     names = [name for name in names if name not in tied]
     names = check_experts(base, opened, names, model_type)
+    check_layers(base, names, layers)
     chosen = choose(base, opened, processor, chat_template)
     for text in differences(base, opened, chosen.owner, chosen.folder, chosen.own_template):
         notice(text)
     return Opened(base, opened, names, tied, model_type, untied, chosen)
+
+
+def check_layers(base: Weights, names: list[str], layers: int | None) -> None:
+    """Raise `ValueError` unless a stack of layers of what merges has that many, if it is said."""
+    counts = stacks(base)
+    found = sorted({counts[stack] for stack, number in map(layer_of, names) if number is not None})
+    if layers is not None and layers not in found:
+        there = " and ".join(map(str, found)) or "no"
+        raise ValueError(
+            f"slices: layer_range [0, {layers}] of models that have {there} layers; models cannot "
+            "be cut here, list whole ones under models"
+        )
 
 
 def check_config(base: Weights, known: bool = False) -> None:

@@ -23,8 +23,10 @@ from optmerge_core.merging.checks import (
     check_finite_tensor,
     check_in_range,
     check_request,
+    check_settings,
 )
 from optmerge_core.merging.report import Record, joined, record_of
+from optmerge_core.merging.varied import Settings
 from optmerge_core.methods import BASED, DRAWN
 from optmerge_core.methods.dare import dare
 from optmerge_core.methods.registry import METHODS, merge_blocks, merges_in_blocks
@@ -66,11 +68,9 @@ class ParameterMerger:
         self.base, self.experts, self.sources, self.dtypes = base, experts, sources, dtypes
         self.scaling_coefficient, self.device, self.averaged = scaling_coefficient, device, averaged
         self.task_vectors = TaskVectors(base, experts, dict.fromkeys(sources.values()), device)
-        self.method, self.options, self.seed = method, dict(options), seed
-        if thresholds is not None:
-            self.options["thresholds"] = thresholds.to(device)
+        self.method, self.settings, self.seed = method, Settings(options, base), seed
+        self.thresholds = {} if thresholds is None else {"thresholds": thresholds.to(device)}
         self.hashed = hashed and device.type == "cpu"
-        self.in_blocks = device.type == "cpu" and merges_in_blocks(method, self.options)
 
     def results(self, names: Iterable[str]) -> Iterator[Merged]:
         """Each parameter's result, in their order. Raises `NotFinite` for NaN and Inf in an input.
@@ -93,8 +93,9 @@ class ParameterMerger:
 
     def _pieces(self, names: Iterable[str]) -> Iterator[Piece]:
         for name in names:
-            whole = name in self.averaged or (self.in_blocks and self.method in AVERAGES)
-            apart, read = name in self.sources and not whole, None
+            whole = self.method in AVERAGES and self._blocked(name, None)
+            apart = name in self.sources and name not in self.averaged and not whole
+            read = None
             for number in self.task_vectors.numbers(name) if apart else [None]:
                 if number == 0:
                     tensor = self.base[name]
@@ -102,7 +103,15 @@ class ParameterMerger:
                 yield name, number, read
 
     def _blocked(self, name: str, number: int | None) -> bool:
-        return self.in_blocks and number is None and name not in self.averaged
+        source = self.sources.get(name)
+        if source is None or number is not None or name in self.averaged:
+            return False
+        return self.device.type == "cpu" and merges_in_blocks(self.method, self._of(source)[0])
+
+    def _of(self, source: str) -> tuple[dict[str, Any], float]:
+        """The options of a parameter, and its scaling coefficient."""
+        options, scaling = self.settings.of(source)
+        return options | self.thresholds, self.scaling_coefficient * scaling
 
     def _load(self, piece: Piece) -> tuple[str, int | None, Tensor, list[Part] | None]:
         name, number, read = piece
@@ -127,10 +136,11 @@ class ParameterMerger:
             if name in self.averaged:
                 tensor = apply(tensor, stack.mean(dim=0), 1.0, dtype)
             else:
-                random = generators(self.experts, self.method, self.seed, source, number)
-                merged = _merged(self.method, stack, tensor, self.options | random)
+                options, scaling = self._of(source)
+                options |= generators(self.experts, self.method, self.seed, source, number)
+                merged = _merged(self.method, stack, tensor, options)
                 made = record_of(name, tensor, stack, merged, self.experts)
-                tensor = apply(tensor, merged, self.scaling_coefficient, dtype)
+                tensor = apply(tensor, merged, scaling, dtype)
         tensor = check_in_range(name, tensor.to("cpu", dtype))
         if self.hashed and (number is None or number == self.base.shape(name)[0] - 1):
             self.base.hash_beside(name)
@@ -159,10 +169,11 @@ class ParameterMerger:
         blocks = self.task_vectors.blocks(source, tensor)
         weights, changed = tensor.flatten(), torch.empty(tensor.numel(), dtype=dtype)
         squares = torch.zeros(2 + len(self.experts), dtype=torch.float64)
-        options = self.options | generators(self.experts, self.method, self.seed, source)
+        options, scaling = self._of(source)
+        options |= generators(self.experts, self.method, self.seed, source)
         for entries, block, merged in merge_blocks(self.method, blocks, **options):
             own = weights[entries]
-            changed[entries] = apply(own, merged, self.scaling_coefficient, dtype)
+            changed[entries] = apply(own, merged, scaling, dtype)
             squares[1] += torch.linalg.vector_norm(merged).double().square()
             if block is not None:
                 squares[0] += torch.linalg.vector_norm(own.float()).double().square()
@@ -205,23 +216,27 @@ def merge_tensors(
 
     For trying many scaling coefficients in memory: the merged model has `task_vectors.apply(
     base[name], merged[name], scaling_coefficient)` for these names, the base's values elsewhere.
-    Raises `ValueError` as `merge` does for methods, options, shapes, and NaN and Inf.
+    The option `lambda` (`varied`) is in them. Raises `ValueError` as `merge` does for methods,
+    options, shapes, and NaN and Inf.
     """
     options, chosen = dict(method_options or {}), parse_device(device)
     check_request(experts, method, options, 1.0, trim, seed)
     task_vectors = TaskVectors(base, experts, names, chosen)
+    settings = check_settings(method, options, base, task_vectors, len(experts))
+    thresholds: dict[str, Any] = {}
     if trim == "model":
         limits = trim_thresholds_over_model(task_vectors, method, options, seed)
-        options["thresholds"] = limits.to(chosen)
+        thresholds["thresholds"] = limits.to(chosen)
 
     def merged(name: str) -> Tensor:
         whole = torch.empty(task_vectors.base.shape(name))
+        own, scaling = settings.of(name)
         for number, tensor, stack in task_vectors.matrices(name):
             check_finite_stack(name, task_vectors, stack)
             random = generators(task_vectors.experts, method, seed, name, number)
-            merged = _merged(method, stack, tensor, options | random)
+            merged = _merged(method, stack, tensor, own | thresholds | random)
             task_vectors.place(name, merged, number, whole)
-        return whole
+        return whole if scaling == 1 else whole * scaling
 
     progress = tqdm(task_vectors, desc=f"merging ({method})", unit="parameter", leave=False)
     return dict(zip(progress, in_order(merged, task_vectors, chosen), strict=True))
@@ -251,18 +266,20 @@ def trim_thresholds_over_model(
 ) -> Tensor:
     """The magnitude each expert's entries must reach, over all names of `task_vectors`: (experts,).
 
-    Reads all of them twice. For "ties" and "dare_ties", there after dropping.
+    Reads all of them twice. For "ties" and "dare_ties", there after dropping. The density is one.
     """
     parameters = inspect.signature(METHODS[method]).parameters.values()
-    settings = {parameter.name: parameter.default for parameter in parameters} | dict(options)
+    defaults = {parameter.name: parameter.default for parameter in parameters}
+    settings = Settings(options, task_vectors.base)
 
     def before_trimming(name: str) -> Iterator[Tensor]:
+        own = defaults | settings.of(name)[0]
         for number, _, stack in task_vectors.matrices(name):
             random = generators(task_vectors.experts, method, seed, name, number)
-            yield dare(stack, settings["drop_rate"], **random) if random else stack
+            yield dare(stack, own["drop_rate"], **random) if random else stack
 
-    density, device = settings["density"], task_vectors.device
-    return model_thresholds(before_trimming, task_vectors, density, device)
+    density = settings.options.get("density", defaults["density"])
+    return model_thresholds(before_trimming, task_vectors, density, task_vectors.device)
 
 
 def model_thresholds(

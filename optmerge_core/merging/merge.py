@@ -51,6 +51,7 @@ def merge(
     stream: bool = False,
     processor: str | Path | None = None,
     chat_template: str | None = None,
+    layers: int | None = None,
 ) -> MergeReport:
     """Merge fine-tuned experts of one base model into a complete Hugging Face folder.
 
@@ -69,7 +70,7 @@ def merge(
         method=method, method_options=method_options, scaling_coefficient=scaling_coefficient,
         device=device, dtype=dtype, trim=trim, seed=seed, overwrite=overwrite, family=family,
         scope=scope, router=router, max_shard_size=max_shard_size, stream=stream,
-        processor=processor, chat_template=chat_template,
+        processor=processor, chat_template=chat_template, layers=layers,
     )  # fmt: skip
     records: list[Record] = []
     with plan.writer() as writer:

@@ -31,7 +31,7 @@ from optmerge_core.checkpoints.writer import (
     parse_size,
     shard_layout,
 )
-from optmerge_core.merging.checks import check_folders, check_request
+from optmerge_core.merging.checks import check_folders, check_request, check_settings
 from optmerge_core.merging.experts import Opened, open_models
 from optmerge_core.merging.loop import memory, trim_thresholds_over_model
 from optmerge_core.runtime import parse_device, parse_dtype
@@ -203,6 +203,7 @@ def plan_merge(
     stream: bool = False,
     processor: str | Path | None = None,
     chat_template: str | None = None,
+    layers: int | None = None,
     max_part_size: int | str = "256MB",
 ) -> MergePlan:
     """Decide a merge from headers, and check all that they tell, before a tensor is read.
@@ -211,14 +212,15 @@ def plan_merge(
     (`owner/name@revision`), an expert's also a PEFT LoRA adapter's, a model or a state dict in
     memory. A parameter that merges (see `families.mergeable`; `family` replaces config.json's model
     type) becomes base + scaling_coefficient * METHODS[method](stack of task vectors), computed in
-    float32 on `device`. All else is the base's, byte for byte. What is stored is in the base's
-    dtype, or in `dtype`. With `scope="all"` every floating-point parameter merges that all experts
-    have in the base's shape, not the language model's linear layers alone. A mixture's matrices are
-    merged one by one, wherever they are stored; with `router="base"` its routers are the base's.
-    With `trim="model"` the TIES methods trim over the whole model: all task vectors are then read
-    twice, here. With `stream`, inputs may stay on the hub or a web server (URLs). What the output
-    is prompted by `processor` and `chat_template` say (see `processor.choose`). Parts end where
-    they would be larger than `max_part_size` (merged) or cost more than `MAX_PART_COST`.
+    float32 on `device`; options may differ by layer and name (`varied`). All else is the base's,
+    byte for byte. What is stored is in the base's dtype, or in `dtype`. With `scope="all"` every
+    floating-point parameter merges that all experts have in the base's shape, not only the language
+    model's linear layers. A mixture's matrices merge one by one, wherever they are stored; with
+    `router="base"` its routers are the base's. With `trim="model"` the TIES methods trim over the
+    whole model: all task vectors are then read twice, here. With `stream`, inputs may stay on the
+    hub or a web server (URLs). What prompts the output `processor` and `chat_template` say (see
+    `processor.choose`). Another number of layers than `layers` is refused. A part ends where it
+    would be larger than `max_part_size` or cost more than `MAX_PART_COST`.
 
     Raises `ValueError` (`CheckpointError` for files); nothing is written.
     """
@@ -227,7 +229,8 @@ def plan_merge(
     check_output(output_dir, overwrite=overwrite)
     chosen, asked = parse_device(device), (family, scope, router, processor, chat_template)
     place: dict[str, Any] = dict(zip(PLACE, asked, strict=True))
-    opened = open_models(base_model, experts, **place, stream=stream)
+    opened = open_models(base_model, experts, **place, stream=stream, layers=layers)
+    check_settings(method, options, opened.base, opened.names, len(experts))
     place["processor"] = processor and opened.processor.owner  # a folder's whole path
     check_folders(opened.base, opened.experts, Path(output_dir), opened.processor.folder)
     layout = _layout(opened, stored, max_shard_size, max_part_size)
@@ -337,9 +340,7 @@ def _files(weights: Weights) -> dict[str, list[int | None]]:
             for name, size in weights.file_sizes().items()
         }
     except OSError as error:
-        raise CheckpointError(
-            f"{weights.folder}: a file is gone ({error}); copy it again"
-        ) from error
+        raise CheckpointError(f"{weights.folder}: a file is gone ({error}); copy again") from error
 
 
 def _place(item: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from optmerge_core.merging.varied import varied
 from optmerge_core.methods import BASED, THEN
 from optmerge_core.methods.contract import check_choice
 from optmerge_core.methods.iso_cts import counts, from_counts
@@ -92,7 +93,9 @@ FACTORS = Space()
 def check_possible(method: str, options: Mapping[str, Any], space: Space = FACTORS) -> None:
     """Raise `ValueError` for a method whose result is not an adapter."""
     reason, remedy = None, "use merge with a base model"
-    if method in BASED and (method != "nuslerp" or options.get("of") == "weights"):
+    if varied(options):
+        reason = "by layer or filter asks how many layers there are, which no adapter tells"
+    elif method in BASED and (method != "nuslerp" or options.get("of") == "weights"):
         reason = "needs the base's own matrix"
     elif space.name == "factors":
         reason, remedy = _leaving(method, options), f"{remedy}, or space='core'"

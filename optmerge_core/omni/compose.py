@@ -22,6 +22,7 @@ from optmerge_core.merging.checks import (
     check_finite_tensor,
     check_folders,
     check_request,
+    check_settings,
     with_preset,
 )
 from optmerge_core.merging.experts import Opened
@@ -81,6 +82,7 @@ def compose(
     place = {"family": family, "scope": scope, "router": router}
     models, opened = open_language_models(base_language_model, specialists, **place)
     check_folders(models.base, models.experts, Path(output_dir))
+    check_settings(method, options, models.base, models.names, len(specialists))
     tokenizer = load_tokenizer(models.base.folder)
     ids = reconcile(tokenizer, opened) if tokenizer else {modality: {} for modality in opened}
     check_tokens(opened, ids)
