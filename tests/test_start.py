@@ -73,7 +73,7 @@ REFUSED = {
     "method_options: {ties: {densty: 1}}": "ties has no option 'densty'",
     "name: a/b": "name: 'a/b' is to be a folder's name",
     "base_model: no/such/folder": "base_model: 'no/such/folder' is neither a folder",
-    "parameters: {lambda: [1, 2]}": "one finite number",
+    "parameters: {lambda: [1, x]}": "one finite number",
 }
 STARTS = {
     "merge": "merge {} --output out",

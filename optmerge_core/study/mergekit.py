@@ -1,34 +1,81 @@
 """What a mergekit file says, in this package's words.
 
-mergekit (https://github.com/arcee-ai/mergekit, 0.1.5) requires `weight` for the experts of a
-merge. A recipe that gives `weight` or `normalize` therefore means mergekit's definitions:
+mergekit (https://github.com/arcee-ai/mergekit, 0.1.5) requires `weight` for the experts of most
+merges. A recipe that gives `weight` or `normalize` therefore means mergekit's definitions:
 
-    linear           Σ wi θi / Σ wi
-    task_arithmetic  θ0 + λ Σ wi τi, divided by Σ wi with `normalize`
-    ties             the share `density` (1 if not given) of each τi is kept, by count; what agrees
-                     with the sign of Σ wi τi is averaged with weights wi, without `normalize` added
-    dare_linear      each entry is kept with probability `density`, then as task_arithmetic
-    dare_ties        the same, then as ties without trimming, by default without `normalize`
+    linear            Σ wi θi / Σ wi
+    task_arithmetic   θ0 + λ Σ wi τi, divided by Σ wi with `normalize`
+    ties              the share `density` (1 if not given) of each τi is kept, by count; what agrees
+                      with the sign of Σ wi τi is averaged with weights wi; without `normalize` it
+                      is added
+    dare_linear       each entry is kept with probability `density`, then as task_arithmetic
+    dare_ties         the same, then as ties without trimming, by default without `normalize`
+    breadcrumbs       the share `density` of each τi is kept, the largest but for the share `gamma`
+                      of outliers; then as task_arithmetic
+    breadcrumbs_ties  the same, then as ties without trimming, by default without `normalize`
+    della             each entry is kept with a probability that rises with its rank in its row,
+                      from `density` − `epsilon` to `density` + `epsilon`; then as ties without
+                      trimming
+    della_linear      the same, then as task_arithmetic
+    nuslerp           on the arc between two τi, or without base_model two θi, at w2 / (w1 + w2)
 
-What DARE keeps is divided by `density`, as in its paper; mergekit scales it to the magnitudes' sum
-before. Everything is computed in float32; mergekit computes in `dtype`.
+Three have no weights, and are mergekit's in every recipe; `rule: paper` among their method_options
+means the papers' SCE and Model Stock:
 
-A recipe without them means the methods as the OptMerge paper's released code has them.
+    sce               of the entries that vary most among the τi, the share `select_topk`; what
+                      agrees with the sign of their sum is averaged with weights by their squares,
+                      equal ones where mean squares add up to less than 1e-6
+    model_stock       θ0 + t · mean τi, with t of the angles between the τi, for each row with
+                      `filter_wise`; a product of norms below 1e-6 counts as 1e-6
+    slerp             on the arc from θ0 (t = 0) to the one expert (t = 1)
+
+What DARE keeps is divided by `density`, and what DELLA keeps by its probability, as in their
+papers; mergekit scales either to the magnitudes' sum before. Everything is computed in float32;
+mergekit computes in `dtype`.
+
+Each value may be a list over the layers or differ by filter, as `merging.varied` says; what stands
+beside a model counts first, then what stands for all, then mergekit's default. A file's `slices`
+are followed where there is one, with all layers of each model.
+
+A recipe without weights means the methods as the OptMerge paper's released code has them.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from optmerge_core.merging.varied import is_varied
+from optmerge_core.study.values import anything, flag, leaves, mapped, value_of
 
 NAMES = {"linear": "weight_average", "dare_linear": "dare_task_arithmetic"}
 """mergekit's name of a method -> the package's, where they differ."""
 
-SHARED = ("weight_average", "task_arithmetic", "ties", "dare_task_arithmetic", "dare_ties")
+NORMALIZE = {
+    "weight_average": True, "task_arithmetic": False, "ties": True, "dare_task_arithmetic": False,
+    "dare_ties": False, "breadcrumbs": False, "breadcrumbs_ties": False, "della": True,
+    "della_linear": False,
+}  # fmt: skip
+"""Method whose experts have weights -> whether mergekit divides by their sum unless told."""
+
+RULES = {name: {"rule": "mergekit"} for name in ("sce", "model_stock")}
+"""Method -> its options in every recipe, unless it says otherwise."""
+
+BESIDE = {"weight": None, "density": 1.0, "gamma": 0.01, "epsilon": 0.15}
+"""What an expert may have for itself -> mergekit's default for what no filter names."""
+
 FLAGS = ("normalize", "rescale", "int8_mask")
+RENAMED = {"nuslerp_flatten": "flatten", "nuslerp_row_wise": "row_wise"}
+LISTS = ("weights", "drop_rate")
+"""Of these, which mergekit has not, a list is no gradient but one value for each expert."""
+
+CUT = (
+    "models cannot be cut or put together by layers here; list whole models under models, or in "
+    "one slice all layers of each"
+)
 TEMPLATES = Path(__file__).with_name("chat_templates")
 """The chat templates that mergekit has names for, in files of these names."""
 
@@ -40,12 +87,10 @@ def translate(content: dict[str, Any], same: Callable[[Any, Any], bool]) -> dict
     `ValueError` names a key that cannot be followed.
     """
     content = dict(content)
-    for key in ("slices", "modules"):
-        if content.pop(key, None) is not None:
-            raise ValueError(
-                f"{key}: models cannot be cut or put together by layers here; list whole models "
-                "under models"
-            )
+    if content.pop("modules", None) is not None:
+        raise ValueError(f"modules: {CUT}")
+    if (slices := content.pop("slices", None)) is not None:
+        content |= _whole(slices, content)
     _check_tokenizer(content, same)
     if content.get("chat_template") is not None:
         content["chat_template"] = chat_template(content["chat_template"])
@@ -64,7 +109,33 @@ def translate(content: dict[str, Any], same: Callable[[Any, Any], bool]) -> dict
         if method in ("linear", "weight_average") and isinstance(models[0], dict):
             # A mean does not need a base model: counted from any of the models it is the same.
             content.setdefault("base_model", models[0].get("model"))
+        if method == "nuslerp" and isinstance(models[0], dict) and "base_model" not in content:
+            own = content.get("method_options") or {}
+            of_weights = {"nuslerp": {"of": "weights"} | (own.get("nuslerp") or {})}
+            content |= {"base_model": models[0].get("model"), "method_options": own | of_weights}
     return content
+
+
+def _whole(slices: Any, content: Mapping[str, Any]) -> dict[str, Any]:
+    """`models`, `layer_range` and `parameters` of a file whose only slice has all layers of each model.
+
+    How many layers there are is looked at when the models are opened. `ValueError` for all else.
+    """
+    one = slices[0] if isinstance(slices, list) and len(slices) == 1 else None
+    sources = one.get("sources") if isinstance(one, dict) else None
+    if not isinstance(one, dict) or not isinstance(sources, list) or content.get("models"):
+        raise ValueError(f"slices: {CUT}")
+    ranges = [source.get("layer_range") if isinstance(source, dict) else None for source in sources]
+    first = ranges[0] if ranges else None
+    whole = isinstance(first, list) and len(first) == 2 and first[0] == 0
+    known = not one.keys() - {"sources", "base_model", "parameters"}
+    if not whole or not known or any(layers != first for layers in ranges):
+        raise ValueError(f"slices: {CUT}")
+    general, own = content.get("parameters") or {}, one.get("parameters") or {}
+    first_said = {k: value_of(k, [v, general.get(k)], None, anything) for k, v in own.items()}
+    models = [{k: v for k, v in source.items() if k != "layer_range"} for source in sources]
+    found = {"models": models, "layer_range": first, "parameters": general | first_said}
+    return found | ({"base_model": one["base_model"]} if one.get("base_model") else {})
 
 
 def chat_template(value: Any) -> str:
@@ -117,25 +188,28 @@ def method_options(
     """Options of a method from a recipe's `parameters`, those beside each expert, and its `own`.
 
     What stands beside an expert counts before what stands in the recipe, as in mergekit, and both
-    before `own`. Raises `ValueError` for what has no counterpart: other keys beside a model, values
-    by layer or filter.
+    before `own`. Raises `ValueError` for what has no counterpart, as other keys beside a model.
     """
-    for key in sorted({key for own in beside for key in own} - {"weight", "density"}):
-        raise ValueError(f"{key!r} beside a model: only weight and density are understood")
+    for key in sorted({key for expert in beside for key in expert} - BESIDE.keys()):
+        raise ValueError(f"{key!r} beside a model: only {', '.join(BESIDE)} are understood")
     weights, densities = (_values(key, parameters, beside) for key in ("weight", "density"))
-    flags = {key: parameters[key] for key in FLAGS if key in parameters}
-    options = {
-        key: value
-        for key, value in parameters.items()
-        if key not in ("lambda", "weight", "density", *flags)
+    flags = {
+        key: value_of(key, [parameters[key]], None, flag) for key in FLAGS if key in parameters
     }
-    if method not in SHARED:
-        if any(weight not in (None, 1) for weight in weights):
+    options = {
+        RENAMED.get(key, key): value if key in LISTS else value_of(key, [value], None, anything)
+        for key, value in parameters.items()
+        if key not in ("lambda", *BESIDE, *FLAGS)
+    }
+    for key in ("gamma", "epsilon"):
+        options |= _one_or_list(key, _values(key, parameters, beside))
+    if method not in NORMALIZE:
+        if method == "nuslerp":
+            options |= _weights(weights)
+        elif any(weight not in (None, 1) for weight in weights):
             raise ValueError(f"weight of {method}: only 1 is understood; scale by lambda")
-        return own | options | flags | _one_or_list("density", densities)
-    for key, value in flags.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"{key} {value!r}: true or false is expected")
+        ignored = method in (*RULES, "slerp", "nuslerp")  # in mergekit too
+        return own | options | ({} if ignored else flags) | _one_or_list("density", densities)
     if "normalize" in flags or weights != [None] * len(weights):
         options |= _weighing(method, weights, flags.get("normalize"))
         if method in ("weight_average", "task_arithmetic"):
@@ -143,80 +217,86 @@ def method_options(
         elif not {"drop_rate", "density"} & {*options, *own}:
             densities = [1.0 if density is None else density for density in densities]
     options |= _trimming(method, densities, options)
+    if "rescale" in flags and method in ("della", "della_linear"):
+        options["rescale"] = flags.pop("rescale")
     options = own | options
     _check_rescale(method, flags.get("rescale"), options)
     return options
 
 
-def _weighing(method: str, weights: list[float | None], normalize: bool | None) -> dict[str, Any]:
-    """`weights`, `normalize` and `rule` by mergekit's definitions, where they change something.
-
-    A sum that is divided by Σ wi is the sum with weights wi / Σ wi.
-    """
-    if None in weights and weights != [None] * len(weights):
-        missing = weights.index(None) + 1
-        raise ValueError(f"weight: expert {missing} of {len(weights)} has none; give each one")
-    weights = [1.0 if weight is None else weight for weight in weights]
-    total, by_entry = sum(weights), method in ("ties", "dare_ties")
+def _weighing(method: str, weights: list[Any], normalize: Any) -> dict[str, Any]:
+    """`weights`, `normalize` and `rule` by mergekit's definitions, where they change something."""
+    options = _weights(weights)
     if normalize is None:
-        normalize = method in ("weight_average", "ties")
-    if method == "weight_average" and not normalize and not math.isclose(total, 1, abs_tol=1e-6):
-        raise ValueError(
-            f"normalize false of linear: weights that add up to {total:g} would scale the base "
-            "model too; give weights that add up to 1"
-        )
-    options = {"rule": "mergekit"} if by_entry else {}
-    options |= {"normalize": False} if by_entry and not normalize else {}
-    if not by_entry and normalize and method != "weight_average" and abs(total) >= 1e-8:
-        weights = [weight / total for weight in weights]
-    same = len(set(weights)) == 1 and weights[0] > 0
-    if set(weights) != {1.0} and not (method == "weight_average" and same):
-        options["weights"] = weights
+        normalize = NORMALIZE[method]
+    if method == "weight_average":
+        if normalize is not True:
+            _check_sum(options.get("weights", [1.0] * len(weights)), normalize)
+        same = all(weight == weights[0] for weight in weights) and not is_varied(weights[0])
+        return {} if same and (weights[0] is None or weights[0] > 0) else options
+    if method in ("ties", "dare_ties"):
+        options["rule"] = "mergekit"
+    if normalize is not (method in ("ties", "dare_ties", "della")):  # their own default
+        options["normalize"] = normalize
     return options
 
 
-def _trimming(
-    method: str, densities: list[float | None], options: dict[str, Any]
-) -> dict[str, Any]:
+def _weights(weights: list[Any]) -> dict[str, Any]:
+    """`weights`, unless all are 1 or none is given. Raises `ValueError` where some are."""
+    if weights == [None] * len(weights):
+        return {}
+    if None in weights:
+        missing = weights.index(None) + 1
+        raise ValueError(f"weight: expert {missing} of {len(weights)} has none; give each one")
+    return {} if all(weight == 1 for weight in weights) else {"weights": weights}
+
+
+def _check_sum(weights: list[Any], normalize: Any) -> None:
+    """Raise `ValueError` unless a linear merge needs no division by the sum of these weights."""
+    vary = is_varied(normalize) or any(map(is_varied, weights))
+    if vary or not math.isclose(sum(weights), 1, abs_tol=1e-6):
+        found = "differ by layer or filter" if vary else f"add up to {sum(weights):g}"
+        raise ValueError(
+            f"normalize false of linear: weights that {found} would scale the base model too; give "
+            "weights that add up to 1"
+        )
+
+
+def _trimming(method: str, densities: list[Any], options: dict[str, Any]) -> dict[str, Any]:
     """`density`, which mergekit has for trimming and for dropping, as `density` or `drop_rate`."""
     if not method.startswith("dare_") or densities == [None] * len(densities):
         return _one_or_list("density", densities)
     if "drop_rate" in options:
         raise ValueError(f"give drop_rate and density together under method_options.{method}")
     # The share that DARE keeps; nothing is trimmed after it.
-    dropped = [density and 1 - density for density in densities]
+    dropped = [
+        kept if kept is None else mapped(kept, lambda share: 1 - share) for kept in densities
+    ]
     after = {"density": 1.0} if method == "dare_ties" else {}
     return _one_or_list("drop_rate", dropped) | after
 
 
-def _check_rescale(method: str, rescale: bool | None, options: dict[str, Any]) -> None:
-    """DARE's rest is rescaled and TIES's is not, which is the default in mergekit too."""
-    if rescale is False and method.startswith("dare_") and options.get("drop_rate") != 0:
+def _check_rescale(method: str, rescale: Any, options: dict[str, Any]) -> None:
+    """DARE's rest is rescaled and others' is not, which is the default in mergekit too."""
+    said = [] if rescale is None else leaves(rescale)
+    if False in said and method.startswith("dare_") and options.get("drop_rate") != 0:
         raise ValueError(f"rescale false of {method}: what is kept is rescaled here; leave it out")
-    if rescale and method == "ties" and options.get("density") != 1:
-        raise ValueError("rescale true of ties: what is kept is not rescaled here; leave it out")
+    trims = method in ("ties", "breadcrumbs", "breadcrumbs_ties")
+    if True in said and trims and options.get("density") != 1:
+        raise ValueError(
+            f"rescale true of {method}: what is kept is not rescaled here; leave it out"
+        )
 
 
-def _values(
-    key: str, parameters: dict[str, Any], beside: Sequence[dict[str, Any]]
-) -> list[float | None]:
-    values = [own.get(key, parameters.get(key)) for own in beside]
-    return [value if value is None else number(key, value) for value in values]
+def _values(key: str, parameters: dict[str, Any], beside: Sequence[dict[str, Any]]) -> list[Any]:
+    """Of each expert; None where nothing is said."""
+    return [value_of(key, [own.get(key), parameters.get(key)], BESIDE[key]) for own in beside]
 
 
-def _one_or_list(key: str, values: list[float | None]) -> dict[str, Any]:
+def _one_or_list(key: str, values: list[Any]) -> dict[str, Any]:
     """{} where nothing is given, one value where all agree, else the list."""
-    if len(set(values)) > 1:
+    if any(value != values[0] for value in values):
         if None in values:
             raise ValueError(f"{key} {values}: some experts have none; give each one")
         return {key: values}
     return {} if values[0] is None else {key: values[0]}
-
-
-def number(key: str, value: Any) -> float:
-    """The value itself; a list, mergekit's gradient over layers, or a filter is a ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(
-            f"{key} {value!r}: one finite number is expected, the same for all layers and tensors"
-        )
-    return value

@@ -74,6 +74,7 @@ def open_study(
         asked = prompting(recipe)
         if asked["processor"] in recipe.experts.keys() - models[1].keys():
             asked["processor"] = recipe.experts[asked["processor"]]  # an expert that is left out
+        asked |= {} if recipe.layer_range is None else {"layers": recipe.layer_range[1]}
         opened = open_models(*models, stream=stream, **chosen, **asked)
         return Study(**vars(opened), recipe=recipe)
     from optmerge_core.omni.specialists import open_language_models  # slow: transformers and PEFT
@@ -102,6 +103,7 @@ def settings(recipe: Recipe, method: str | None = None) -> dict[str, Any]:
     return (
         settings_in_memory(recipe, method)
         | prompting(recipe)
+        | ({} if recipe.layer_range is None else {"layers": recipe.layer_range[1]})
         | {
             "scaling_coefficient": recipe.scaling_coefficient,
             "dtype": recipe.dtype,

@@ -27,9 +27,11 @@ from pydantic import (
 
 from optmerge_core.checkpoints import HUB_ID, URL
 from optmerge_core.merging.families import FAMILIES, SCOPES
+from optmerge_core.merging.varied import LAMBDA, is_varied, number
 from optmerge_core.methods import THEN, check_names
 from optmerge_core.study import mergekit
 from optmerge_core.study.parsing import numeric, parse
+from optmerge_core.study.values import value_of
 
 
 class RecipeError(ValueError):
@@ -148,6 +150,7 @@ class Recipe(_Strict):
     processor: str | None = None  # base, an expert's name or a folder; None: merging/processor.py
     chat_template: str | None = None  # auto, or a template in Jinja, in the place of its own
     then: str | dict[str, Any] | None = None  # svc, after every method
+    layer_range: tuple[Literal[0], int] | None = None  # of whole models, in a mergekit file's slice
     trust_remote_code: bool = False  # run the Python files in a checkpoint to load its model
     evaluation: Evaluation = Evaluation()
     method_options: dict[str, dict[str, Any]] = {}
@@ -190,12 +193,14 @@ class Recipe(_Strict):
             raise ValueError(
                 "processor and chat_template: every specialist keeps its own; leave the keys out"
             )
+        if self.merges == "modalities" and self.layer_range:
+            raise ValueError("slices: of specialists list whole models under models")
         names = [expert.name for expert in self._experts()]
         if not names:
             raise ValueError("models: only the base model is listed; add an expert")
         if len(set(names)) < len(names):
             raise ValueError(f"models: names are not unique ({', '.join(names)}); give each a name")
-        mergekit.number("lambda", self.scaling_coefficient)
+        self._lambda()
         return self
 
     @property
@@ -209,8 +214,16 @@ class Recipe(_Strict):
 
     @property
     def scaling_coefficient(self) -> float:
-        """mergekit's `lambda`; 1 where the recipe does not say."""
-        return self.parameters.get("lambda", 1.0)
+        """mergekit's `lambda`; 1 where the recipe does not say.
+
+        Also 1 where it differs by layer or filter: it then is an option of all methods.
+        """
+        found = self._lambda()
+        return 1.0 if is_varied(found) else found
+
+    def _lambda(self) -> Any:
+        said = self.parameters.get(LAMBDA, 1.0)
+        return number(LAMBDA, said) if said is None else value_of(LAMBDA, [said], 1.0)
 
     def method(self, method: str | None = None) -> str:
         """This package's name of a method, or mergekit's; default: the recipe's own."""
@@ -220,11 +233,12 @@ class Recipe(_Strict):
         """Options of a method (default: the recipe's), from `parameters` and `method_options`.
 
         `parameters`, and what stands beside the models, belong to the recipe's own method;
-        `mergekit` says what they mean. `then` is every method's.
+        `mergekit` says what they mean. `then` is every method's, and so is a `lambda` that varies.
         """
         method = self.method(method)
         own = {} if self.then is None else {THEN: self.then}
-        own |= self.method_options.get(method, {})
+        own |= {LAMBDA: found} if is_varied(found := self._lambda()) else {}
+        own |= mergekit.RULES.get(method, {}) | self.method_options.get(method, {})
         if method != self.merge_method:
             return own
         beside = [expert.parameters for expert in self._experts()]
@@ -232,6 +246,8 @@ class Recipe(_Strict):
 
     def _experts(self) -> list[Expert]:
         base = _place(self.base_model)
+        if self.method_options.get(self.merge_method, {}).get("of") == "weights":  # NuSLERP's
+            return self.models
         if self.merge_method != "weight_average":
             return [entry for entry in self.models if _place(entry.model) != base]
         listed = any(_place(entry.model) == base for entry in self.models)
@@ -270,8 +286,12 @@ def read_recipe(path: str | Path) -> Recipe:
     except ValidationError as error:
         problems = [_explain(problem) for problem in error.errors()]
         raise RecipeError(f"{path}: " + "; ".join(problems)) from error
-    _check_methods(path, recipe, check_names)
+    _check_methods(path, recipe, _check_names)
     return recipe
+
+
+def _check_names(method: str, options: dict[str, Any]) -> None:
+    check_names(method, [x for x in options if x != LAMBDA or not is_varied(options[x])])
 
 
 def _check_methods(path: str | Path, recipe: Recipe, check: Callable[..., None]) -> None:

@@ -27,10 +27,10 @@ from tqdm.auto import tqdm
 
 from optmerge_core import figures
 from optmerge_core.merging.checks import check_method
+from optmerge_core.merging.varied import number
 from optmerge_core.methods.interference import interference
 from optmerge_core.methods.registry import METHODS
 from optmerge_core.runtime import parse_device
-from optmerge_core.study import mergekit
 from optmerge_core.study.index_page import write_index
 from optmerge_core.study.open import open_study, settings_in_memory
 from optmerge_core.study.parsing import numeric, parse
@@ -120,7 +120,7 @@ def points(recipe_paths: Sequence[str | Path], axes: Mapping[str, Sequence[Any]]
                 options |= dict(zip(others, values, strict=True))
                 check_method(method, options, len(recipe.experts))
                 for value in axes.get("lambda", [recipe.scaling_coefficient]):
-                    scaling = float(mergekit.number("lambda", value))
+                    scaling = float(number("lambda", value))
                     point = Point(recipe, _settings(path), method, options, scaling)
                     found[point.key] = point
     if left_out:

@@ -317,7 +317,7 @@ RECIPES = {
     "option of a wrong type": ({"parameters": {"density": "much"}}, "density 'much'"),
     "option out of range": ({"parameters": {"density": 2}}, r"density is 2.* must lie in \(0, 1\]"),
     "parameters is a list": ({"parameters": [1]}, "parameters: .*valid dictionary"),
-    "lambda is a list": ({"parameters": {"lambda": [1, 2]}}, r"lambda \[1, 2\]: one finite number"),
+    "lambda has a text": ({"parameters": {"lambda": [1, "x"]}}, "lambda 'x': one finite number"),
     "lambda is NaN": ({"parameters": {"lambda": float("nan")}}, "lambda nan: one finite number"),
     "unknown family": ({"family": "gpt9"}, "family: Input should be 'internvl'"),
     "unknown key": ({"modles": []}, "modles: unknown key; valid are .*models"),

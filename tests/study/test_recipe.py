@@ -161,9 +161,10 @@ def test_options_for_studies_that_run_all_methods(write):
         ({"parameters": {"sparsity": True}}, "sparsity.*density"),
         ({"parameters": {"density": 7}}, "density"),
         ({"merge_method": "tsv", "parameters": {"weight": 0.5}}, "weight of tsv: only 1"),
-        ({"parameters": {"lambda": [0, 1]}}, r"lambda \[0, 1\]: one finite number"),
-        ({"parameters": {"density": [0, 1]}}, r"density \[0, 1\]: one finite number"),
-        ({"models": [{"model": "ocr", "parameters": {"gamma": 1}}]}, "gamma.*only weight and"),
+        ({"parameters": {"lambda": [0, "x"]}}, "lambda 'x': one finite number"),
+        ({"parameters": {"lambda": []}}, r"lambda \[\]: give at least one value"),
+        ({"parameters": {"density": [0, 1]}}, "density is 0; it must lie"),
+        ({"models": [{"model": "ocr", "parameters": {"t": 1}}]}, "'t' beside a model: only weight"),
         (
             {"models": [{"model": "ocr", "parameters": {"density": 1}}, {"model": "experts/vqa"}]},
             r"density \[1, None\]: some experts have none",
