@@ -16,6 +16,7 @@ from optmerge_core.checkpoints.formats import dtype_name, side_files
 from optmerge_core.checkpoints.weights import Weights
 from optmerge_core.merging.licences import tell_licences
 from optmerge_core.merging.varied import Settings, varied
+from optmerge_core.methods import check_names
 from optmerge_core.methods.registry import check_options
 from optmerge_core.runtime import FLOAT_DTYPES, in_order
 from optmerge_core.task_vectors.stack import TaskVectors
@@ -75,13 +76,15 @@ def with_preset(method: str, options: Mapping[str, Any] | None, preset: str) -> 
 def check_method(method: str, options: Mapping[str, Any], experts: int | None = None) -> None:
     """Raise `ValueError` for a method or option that does not exist, or a value that is none.
 
-    With `experts`, their number, also for a list of values that is not as long. What is varied is
-    tried by each filter and at each layer it has a value for.
+    With `experts`, their number, also for a list of values that is not as long. What differs by
+    layer is tried at each layer there is a value for; by filter, in `check_settings`.
     """
     set_by_merge = {"thresholds": "trim", "generator": "seed", "base": "base_model"}
     for name in options.keys() & set_by_merge.keys():
         raise ValueError(f"{method}: {name} follows from {set_by_merge[name]}; give that")
-    for own, _ in Settings(options).examples():
+    settings = Settings(options)
+    check_names(method, settings.options)
+    for own in settings.examples():
         _try(method, own, experts)
 
 

@@ -76,28 +76,22 @@ class Settings:
                 if _NOTHING in found:
                     raise ValueError(
                         f"{key}: expert {found.index(_NOTHING) + 1} of {len(found)} has none for "
-                        f"{name or 'what no filter names'}; add one without filter"
+                        f"{name}; add one without filter"
                     )
             if found is not _NOTHING:
                 options[key] = found
         scaling = _value(self.scaling, name, place)
         return options, 1.0 if scaling is _NOTHING else scaling
 
-    def examples(self) -> Iterator[tuple[dict[str, Any], float]]:
-        """What parameters may have, whatever their names: by each filter, at all entries."""
-        found = varied({LAMBDA: self.scaling, **self.options})
-        entries = [entry for _, value in found for entry in value]
-        names = {"": None} | {x["filter"]: None for x in entries if x.get("filter", "*") != "*"}
+    def examples(self) -> Iterator[dict[str, Any]]:
+        """The options at each entry of their gradients; none where filters ask for names."""
+        entries = [entry for _, value in varied(self.options) for entry in value]
         places = {0.0: None}
         for entry in entries:
             last = len(entry["value"]) - 1 if isinstance(entry["value"], list | tuple) else 0
             places |= {number / last: None for number in range(last + 1) if last}
-        for name in names:
-            for place in places:
-                try:
-                    yield self.at(name, place)
-                except ValueError:  # which of an unnamed parameter may be none's
-                    continue
+        if all(entry.get("filter", "*") == "*" for entry in entries):
+            yield from (self.at("", place)[0] for place in places)
 
 
 def check_form(options: Mapping[str, Any]) -> None:

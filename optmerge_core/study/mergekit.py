@@ -117,7 +117,7 @@ def translate(content: dict[str, Any], same: Callable[[Any, Any], bool]) -> dict
 
 
 def _whole(slices: Any, content: Mapping[str, Any]) -> dict[str, Any]:
-    """`models`, `layer_range` and `parameters` of a file whose only slice has all layers of each model.
+    """`models`, `layer_range`, `parameters` of a file whose one slice has all layers of each model.
 
     How many layers there are is looked at when the models are opened. `ValueError` for all else.
     """
