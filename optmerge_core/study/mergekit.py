@@ -110,9 +110,10 @@ def translate(content: dict[str, Any], same: Callable[[Any, Any], bool]) -> dict
             # A mean does not need a base model: counted from any of the models it is the same.
             content.setdefault("base_model", models[0].get("model"))
         if method == "nuslerp" and isinstance(models[0], dict) and "base_model" not in content:
-            own = content.get("method_options") or {}
-            of_weights = {"nuslerp": {"of": "weights"} | (own.get("nuslerp") or {})}
-            content |= {"base_model": models[0].get("model"), "method_options": own | of_weights}
+            content["base_model"] = models[0].get("model")
+            options = content.get("method_options") or {}
+            if isinstance(options, dict) and isinstance(own := options.get("nuslerp") or {}, dict):
+                content["method_options"] = options | {"nuslerp": {"of": "weights"} | own}
     return content
 
 
@@ -121,21 +122,21 @@ def _whole(slices: Any, content: Mapping[str, Any]) -> dict[str, Any]:
 
     How many layers there are is looked at when the models are opened. `ValueError` for all else.
     """
-    one = slices[0] if isinstance(slices, list) and len(slices) == 1 else None
-    sources = one.get("sources") if isinstance(one, dict) else None
-    if not isinstance(one, dict) or not isinstance(sources, list) or content.get("models"):
+    match slices:
+        case [{"sources": [{"layer_range": [0, end]}, *_] as sources, **more}]:
+            ranges = [one.get("layer_range") for one in sources if isinstance(one, dict)]
+        case _:
+            raise ValueError(f"slices: {CUT}")
+    cut = ranges != [[0, end]] * len(sources) or content.get("models")
+    if cut or more.keys() - {"base_model", "parameters"}:
         raise ValueError(f"slices: {CUT}")
-    ranges = [source.get("layer_range") if isinstance(source, dict) else None for source in sources]
-    first = ranges[0] if ranges else None
-    whole = isinstance(first, list) and len(first) == 2 and first[0] == 0
-    known = not one.keys() - {"sources", "base_model", "parameters"}
-    if not whole or not known or any(layers != first for layers in ranges):
-        raise ValueError(f"slices: {CUT}")
-    general, own = content.get("parameters") or {}, one.get("parameters") or {}
-    first_said = {k: value_of(k, [v, general.get(k)], None, anything) for k, v in own.items()}
-    models = [{k: v for k, v in source.items() if k != "layer_range"} for source in sources]
-    found = {"models": models, "layer_range": first, "parameters": general | first_said}
-    return found | ({"base_model": one["base_model"]} if one.get("base_model") else {})
+    general, own = content.get("parameters") or {}, more.get("parameters") or {}
+    if not isinstance(general, dict) or not isinstance(own, dict):
+        raise ValueError("parameters: a mapping is expected, of a slice too")
+    first = {key: value_of(key, [x, general.get(key)], None, anything) for key, x in own.items()}
+    models = [{key: x for key, x in one.items() if key != "layer_range"} for one in sources]
+    found = {"models": models, "layer_range": [0, end], "parameters": general | first}
+    return found | ({"base_model": more["base_model"]} if more.get("base_model") else {})
 
 
 def chat_template(value: Any) -> str:

@@ -67,7 +67,7 @@ def _entries(key: str, said: Any, check: Check) -> list[dict[str, Any]]:
                 raise ValueError(f"{key} {entry!r}: filter and value are expected")
             entry = {"value": entry}
         if unknown := entry.keys() - {"filter", "value"}:
-            raise ValueError(f"{key}: {min(unknown)} is neither filter nor value")
+            raise ValueError(f"{key}: {min(map(str, unknown))} is neither filter nor value")
         values = entry["value"] if isinstance(entry["value"], list) else [entry["value"]]
         if not values:
             raise ValueError(f"{key} []: give at least one value")
