@@ -158,9 +158,9 @@ def test_where_they_cannot_be_followed(tiny, tmp_path):
     arguments = {"method": "task_arithmetic", "method_options": {"lambda": GRADIENT}}
     with pytest.raises(ValueError, match="task_arithmetic by layer or filter asks how many layers"):
         merge_adapters({"a": tmp_path / "a"}, tmp_path / "out", **arguments)
-    for options, trim in ((OPTIONS, "model"), ({"density": GRADIENT}, "model")):
+    for options in (OPTIONS, {"density": [{"value": [0.1, 0.5]}]}):
         with pytest.raises(ValueError, match="one density for all experts, layers and tensors"):
-            merge(tiny.base, tiny.experts, tmp_path / "out", method="ties", trim=trim,
+            merge(tiny.base, tiny.experts, tmp_path / "out", method="ties", trim="model",
                   method_options=options)  # fmt: skip
     with pytest.raises(ValueError, match=r"layer_range \[0, 3\] of models that have 2 layers"):
         merge(tiny.base, tiny.experts, tmp_path / "out", layers=3)
