@@ -16,8 +16,8 @@ from optmerge_core.checkpoints.formats import dtype_name, side_files
 from optmerge_core.checkpoints.weights import Weights
 from optmerge_core.merging.licences import tell_licences
 from optmerge_core.merging.varied import Settings, varied
-from optmerge_core.methods import check_names
-from optmerge_core.methods.registry import check_options
+from optmerge_core.methods.contract import check_option_names
+from optmerge_core.methods.registry import METHODS, check_options
 from optmerge_core.runtime import FLOAT_DTYPES, in_order
 from optmerge_core.task_vectors.stack import TaskVectors
 
@@ -83,7 +83,7 @@ def check_method(method: str, options: Mapping[str, Any], experts: int | None = 
     for name in options.keys() & set_by_merge.keys():
         raise ValueError(f"{method}: {name} follows from {set_by_merge[name]}; give that")
     settings = Settings(options)
-    check_names(method, settings.options)
+    check_option_names(METHODS[method], settings.options)
     for own in settings.examples():
         _try(method, own, experts)
 

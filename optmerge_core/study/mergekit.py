@@ -194,8 +194,11 @@ def method_options(
     for key in sorted({key for expert in beside for key in expert} - BESIDE.keys()):
         raise ValueError(f"{key!r} beside a model: only {', '.join(BESIDE)} are understood")
     weights, densities = (_values(key, parameters, beside) for key in ("weight", "density"))
+    defaults = {"normalize": NORMALIZE.get(method)}
     flags = {
-        key: value_of(key, [parameters[key]], None, flag) for key in FLAGS if key in parameters
+        key: value_of(key, [parameters[key]], defaults.get(key), flag)
+        for key in FLAGS
+        if key in parameters
     }
     options = {
         RENAMED.get(key, key): value if key in LISTS else value_of(key, [value], None, anything)

@@ -129,6 +129,9 @@ def test_what_stands_beside_a_model_counts_before_what_stands_for_all(load):
         "weights": [[mlp, {"value": 4}], [mlp, {"value": 2}], 3],
         "density": [{"filter": "norm", "value": 0.5}, {"value": 1.0}],
     }
+    by_default = load(case("dare_ties", base=True, normalize=[{"filter": "mlp", "value": True}]))
+    flags = [{"filter": "mlp", "value": True}, {"value": False}]
+    assert by_default.options()["normalize"] == flags  # mergekit's default, not the paper's
     scaled = load(case("optmerge", base=True, rank_ratio=[0.1, 0.5], **{"lambda": [mlp]}))
     lambdas = {"lambda": [mlp, {"value": 1.0}]}
     assert scaled.options() == {"rank_ratio": [{"value": [0.1, 0.5]}]} | lambdas
