@@ -211,16 +211,14 @@ def plan_merge(
     `base_model` and the values of `experts` (name -> location) are folders or hub ids
     (`owner/name@revision`), an expert's also a PEFT LoRA adapter's, a model or a state dict in
     memory. A parameter that merges (see `families.mergeable`; `family` replaces config.json's model
-    type) becomes base + scaling_coefficient * METHODS[method](stack of task vectors), computed in
-    float32 on `device`; options may differ by layer and name (`varied`). All else is the base's,
-    byte for byte. What is stored is in the base's dtype, or in `dtype`. With `scope="all"` every
-    floating-point parameter merges that all experts have in the base's shape, not only the language
-    model's linear layers. A mixture's matrices merge one by one, wherever they are stored; with
-    `router="base"` its routers are the base's. With `trim="model"` the TIES methods trim over the
-    whole model: all task vectors are then read twice, here. With `stream`, inputs may stay on the
-    hub or a web server (URLs). What prompts the output `processor` and `chat_template` say (see
-    `processor.choose`). Another number of layers than `layers` is refused. A part ends where it
-    would be larger than `max_part_size` or cost more than `MAX_PART_COST`.
+    type) becomes base + scaling_coefficient * METHODS[method](stack of task vectors), in float32 on
+    `device`, all else is the base's, byte for byte; options may differ by layer, name (`varied`).
+    Stored is the base's dtype, or `dtype`. With `scope="all"` every floating-point parameter merges
+    that all experts have in the base's shape, not the language model's linear layers alone. A
+    mixture's matrices merge one by one; with `router="base"` its routers are the base's. With
+    `trim="model"` the TIES methods trim over the whole model: all is read twice, here. With
+    `stream`, inputs may stay on the hub or a web server. `processor`, `chat_template`: see
+    `processor.choose`. If given, there must be `layers` layers. A part ends at `max_part_size`.
 
     Raises `ValueError` (`CheckpointError` for files); nothing is written.
     """
@@ -230,13 +228,12 @@ def plan_merge(
     chosen, asked = parse_device(device), (family, scope, router, processor, chat_template)
     place: dict[str, Any] = dict(zip(PLACE, asked, strict=True))
     opened = open_models(base_model, experts, **place, stream=stream, layers=layers)
-    check_settings(method, options, opened.base, opened.names, len(experts))
     place["processor"] = processor and opened.processor.owner  # a folder's whole path
     check_folders(opened.base, opened.experts, Path(output_dir), opened.processor.folder)
     layout = _layout(opened, stored, max_shard_size, max_part_size)
     expected = sum(part.bytes for part in layout["parts"])
     check_output(output_dir, overwrite=overwrite, expected_bytes=expected)
-    found = _thresholds(opened, method, options, seed, chosen) if trim == "model" else None
+    found = _thresholds(opened, trim, method, options, seed, chosen)
     return MergePlan(
         output_dir=str(Path(output_dir).resolve()), method=method, method_options=options,
         scaling_coefficient=scaling_coefficient, trim=trim, thresholds=found, seed=seed,
@@ -291,9 +288,12 @@ def _layout(
 
 
 def _thresholds(
-    opened: Opened, method: str, options: dict[str, Any], seed: int, device: torch.device
-) -> list[float]:
-    """Of trimming over the model. Raises `ValueError` for streams."""
+    opened: Opened, trim: str, method: str, options: dict[str, Any], seed: int, device: torch.device
+) -> list[float] | None:
+    """Of trimming over the model, if asked. `ValueError` for streams, and first for settings."""
+    check_settings(method, options, opened.base, opened.names, len(opened.experts))
+    if trim != "model":
+        return None
     remote = [x.source for x in (opened.base, *opened.experts.values()) if x.streamed(())]
     if remote:
         raise ValueError(

@@ -82,7 +82,6 @@ def compose(
     place = {"family": family, "scope": scope, "router": router}
     models, opened = open_language_models(base_language_model, specialists, **place)
     check_folders(models.base, models.experts, Path(output_dir))
-    check_settings(method, options, models.base, models.names, len(specialists))
     tokenizer = load_tokenizer(models.base.folder)
     ids = reconcile(tokenizer, opened) if tokenizer else {modality: {} for modality in opened}
     check_tokens(opened, ids)
@@ -117,10 +116,11 @@ def _merger(
     """Of the language models: what does not merge is averaged, but for a router that is kept."""
     base, thresholds = models.base, None
     kept = routers(base) if router == "base" else set()
+    chosen = (settings["method"], settings["options"])
+    check_settings(*chosen, base, models.names, len(models.experts))
     if trim == "model":
         task_vectors = TaskVectors(base, models.experts, models.names, device)
-        chosen = (settings["method"], settings["options"], settings["seed"])
-        thresholds = trim_thresholds_over_model(task_vectors, *chosen)
+        thresholds = trim_thresholds_over_model(task_vectors, *chosen, settings["seed"])
     return ParameterMerger(
         base,
         models.experts,
