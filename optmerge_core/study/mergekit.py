@@ -19,8 +19,8 @@ merges. A recipe that gives `weight` or `normalize` therefore means mergekit's d
     della_linear      the same, then as task_arithmetic
     nuslerp           on the arc between two τi, or without base_model two θi, at w2 / (w1 + w2)
 
-Three have no weights, and are mergekit's in every recipe; `rule: paper` among their method_options
-means the papers' SCE and Model Stock:
+Three have no weights, and are mergekit's where one is a recipe's merge_method; with `rule: paper`
+among the parameters, SCE and Model Stock are their papers', as they are with `--method`:
 
     sce               of the entries that vary most among the τi, the share `select_topk`; what
                       agrees with the sign of their sum is averaged with weights by their squares,
@@ -62,7 +62,7 @@ NORMALIZE = {
 """Method whose experts have weights -> whether mergekit divides by their sum unless told."""
 
 RULES = {name: {"rule": "mergekit"} for name in ("sce", "model_stock")}
-"""Method -> its options in every recipe, unless it says otherwise."""
+"""merge_method -> its options, unless the recipe says otherwise."""
 
 BESIDE = {"weight": None, "density": 1.0, "gamma": 0.01, "epsilon": 0.15}
 """What an expert may have for itself -> mergekit's default for what no filter names."""
@@ -213,7 +213,8 @@ def method_options(
         elif any(weight not in (None, 1) for weight in weights):
             raise ValueError(f"weight of {method}: only 1 is understood; scale by lambda")
         ignored = method in (*RULES, "slerp", "nuslerp")  # in mergekit too
-        return own | options | ({} if ignored else flags) | _one_or_list("density", densities)
+        options |= ({} if ignored else flags) | _one_or_list("density", densities)
+        return RULES.get(method, {}) | own | options
     if "normalize" in flags or weights != [None] * len(weights):
         options |= _weighing(method, weights, flags.get("normalize"))
         if method in ("weight_average", "task_arithmetic"):

@@ -238,7 +238,7 @@ class Recipe(_Strict):
         method = self.method(method)
         own = {} if self.then is None else {THEN: self.then}
         own |= {LAMBDA: found} if is_varied(found := self._lambda()) else {}
-        own |= mergekit.RULES.get(method, {}) | self.method_options.get(method, {})
+        own |= self.method_options.get(method, {})
         if method != self.merge_method:
             return own
         beside = [expert.parameters for expert in self._experts()]

@@ -141,7 +141,7 @@ def test_what_stands_beside_a_model_counts_before_what_stands_for_all(load):
 
 def test_a_recipe_means_mergekits_sce_unless_it_says_the_papers(load):
     assert load(FILES["sce"]).options() == {"rule": "mergekit"}
-    assert load(FILES["sce"]).options("model_stock") == {"rule": "mergekit"}
+    assert load(FILES["sce"]).options("model_stock") == {}
     papers = FILES["sce"] | {"method_options": {"sce": {"rule": "paper"}}}
     assert load(papers).options() == {"rule": "paper"}
 
