@@ -10,6 +10,7 @@ from optmerge_core import load_recipe, open_checkpoint
 from optmerge_core.__main__ import main
 from optmerge_core.merging.families import mergeable
 from optmerge_core.merging.loop import merge_tensors
+from optmerge_core.study.open import open_study
 from optmerge_core.study.sweep import parse_axes, points, sweep
 
 RECIPES = Path(__file__).resolve().parents[2] / "data" / "recipes"
@@ -146,6 +147,15 @@ class Scores:
             return {"Chart": 10 * scaling_coefficient, "Avg": 1.0 / 3}
 
         return score
+
+
+def test_lambdas_by_layer_are_in_the_merged_and_times_those_of_the_sweep(recipe, tmp_path):
+    path = recipe(parameters={"density": 0.4, "lambda": [0.5, 1.5]})
+    table = sweep([path], {"lambda": [1, 2]}, tmp_path / "sweep")
+    merged = open_study(load_recipe(path)).merge_tensors()
+    norm = sum(tensor.double().square().sum().item() for tensor in merged.values()) ** 0.5
+    assert table["norm"].tolist() == pytest.approx([norm, 2 * norm])
+    assert table["options"].unique().tolist() == ["density=0.4, lambda=[{'value': [0.5, 1.5]}]"]
 
 
 def test_finished_points_are_kept_and_not_computed_again(recipe, tmp_path):
