@@ -68,6 +68,42 @@ class LayersEvaluator(Evaluator):
         size = batch_size or self.batch_size
         super().__init__(base_model, data, size, device="cpu", processor=processor)
 
+    def inputs(self, row):
+        return self._prompts(self._data.select([row]))
+
+    def _prompts(self, rows):
+        """What `generate` takes for rows whose prompts are of one length."""
+        texts = [self.processor.prompt(q, self.processor.block) for q in rows["question"]]
+        ids = self.tokenizer(texts, return_tensors="pt")["input_ids"]
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return inputs | self._pixels(rows["image"], ids)
+
+    def seen(self, inputs):
+        """What is left for the layers to compute: pictures' features are in their places."""
+        given = self._embed(inputs)
+        ids, grid = given.pop("input_ids"), given.pop("image_grid_thw", None)
+        if grid is not None:
+            given["position_ids"] = self.model.model.compute_3d_position_ids(
+                ids, given["inputs_embeds"], grid,
+                attention_mask=given["attention_mask"],
+                mm_token_type_ids=given.pop("mm_token_type_ids"),
+            )  # fmt: skip
+        return given
+
+    @torch.no_grad()
+    def _embed(self, inputs):
+        """What `generate` takes: prompts with the features of their pictures in place."""
+        ids, grid = inputs["input_ids"], inputs.get("image_grid_thw")
+        images = {"pixel_values": inputs["pixel_values"]}
+        images |= {"image_grid_thw": grid} if grid is not None else {}
+        features = self.model.get_image_features(**images).pooler_output
+        embeddings = self.model.get_input_embeddings()(ids)
+        embeddings[ids == self.processor.image_token_id] = torch.cat(
+            [f.flatten(0, -2) for f in features]
+        )
+        others = {key: x for key, x in inputs.items() if key != "pixel_values"}
+        return others | {"inputs_embeds": embeddings}
+
     def _check(self, name, parameter, tensor):
         super()._check(name, parameter, tensor)
         if "layers." not in name and (parameter != tensor).any():
@@ -88,31 +124,16 @@ class EmbeddedEvaluator(LayersEvaluator):
         super()._ask(data)
         parts = by_length(self.tokenizer, list(data["question"]), self.batch_size)
         self._embedded = [
-            (part, self._embed(data.select(part)))
+            (part, self._embed(self._prompts(data.select(part))))
             for part in tqdm(parts, desc="prompts", leave=False)
         ]
 
     def _batches(self):
         return self._embedded
 
-    @torch.inference_mode()
-    def _embed(self, rows):
-        """What `generate` takes: prompts with the features of their images in place."""
-        processor = self.processor
-        texts = [processor.prompt(question, processor.block) for question in rows["question"]]
-        ids = self.tokenizer(texts, return_tensors="pt")["input_ids"]
-        pixels = np.stack([np.asarray(image) for image in rows["image"]])
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        inputs |= processor.image_inputs(pixels, ids)
-        grid = inputs.get("image_grid_thw")
-        images = {"pixel_values": inputs.pop("pixel_values")}
-        images |= {"image_grid_thw": grid} if grid is not None else {}
-        features = self.model.get_image_features(**images).pooler_output
-        embeddings = self.model.get_input_embeddings()(ids)
-        embeddings[ids == processor.image_token_id] = torch.cat(
-            [f.flatten(0, -2) for f in features]
-        )
-        return inputs | {"inputs_embeds": embeddings}
+    def _pixels(self, images, ids):
+        pixels = np.stack([np.asarray(image) for image in images])
+        return self.processor.image_inputs(pixels, ids)
 
 
 class SmolEvaluator(LayersEvaluator):
@@ -142,11 +163,14 @@ class SmolEvaluator(LayersEvaluator):
         np.maximum.at(longest, self._picture, [len(row) for row in self._questions])
         self._order = np.lexsort([self._picture, longest[self._picture]])
 
+    def _pixels(self, images, ids=None):
+        pictures = self.processor.image_processor(list(images), return_tensors="pt")
+        return {"pixel_values": pictures["pixel_values"]}
+
     @torch.inference_mode()
     def _see(self, rows):
         """Features of the pictures of some rows: (pictures, image tokens, width)."""
-        pictures = self.processor.image_processor(list(rows["image"]), return_tensors="pt")
-        return self.model.get_image_features(pictures["pixel_values"]).pooler_output
+        return self.model.get_image_features(**self._pixels(rows["image"])).pooler_output
 
     def _predict(self):
         predictions = np.empty(len(self.samples), dtype=object)

@@ -118,6 +118,15 @@ class Evaluator:
         for rows, inputs in zip(batches, prepared, strict=True):
             yield rows, inputs.to(self.device, self.model.dtype)
 
+    def inputs(self, row):
+        """What `generate` takes for the question of one row, prompt and picture as they are."""
+        inputs = chat.prepare(self.processor, [self._data[row]])
+        return inputs.to(self.device, self.model.dtype)
+
+    def seen(self, inputs):
+        """The same with what does not change under any merge computed already, if it can be."""
+        return inputs
+
     def memory_name(self, name):
         """A parameter's name on disk -> in memory, where transformers names it otherwise."""
         found = closest_names(name, self._parameters)

@@ -81,20 +81,22 @@ NAMES = {"exact": exact, "relaxed": relaxed, "box": Box()}
 def metric_of(sample):
     """The metric of a question, a mapping with task and answer, and metric where the data has it.
 
+    A question without an answer has one too: it says in what form an answer is asked for.
+
     The name in its column `metric` (a key of NAMES) decides, else its task's entry in METRICS. Of
     any other task, a box in brackets or location tokens is scored as a box, all else by exact
     match. A box's numbers count in the unit that its column `box_unit` gives, by default UNIT.
     Raises `ValueError` for an unknown name, and for a box metric of an answer that is none.
     """
-    task, answer = sample["task"], sample["answer"]
+    task, answer = sample["task"], sample.get("answer")
     name, unit = (None if pd.isna(v) else v for v in map(sample.get, ("metric", "box_unit")))
     if name and name not in NAMES:
         raise ValueError(f"{task}: metric {name!r} is unknown; give one of {', '.join(NAMES)}")
-    default = Box() if answer.startswith(BOX_START) else exact
+    default = Box() if (answer or "").startswith(BOX_START) else exact
     metric = NAMES[name] if name else METRICS.get(task, default)
     if not isinstance(metric, Box):
         return metric
-    if found_box(answer) is None:
+    if answer is not None and found_box(answer) is None:
         raise ValueError(
             f"{task}: the answer {answer!r} is no box; name another metric ({', '.join(NAMES)}) "
             "in the column metric of its questions"

@@ -143,12 +143,13 @@ def apply(
     scaling_coefficient: float,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """base + scaling_coefficient * merged_task_vector, computed in float32.
+    """base + scaling_coefficient * merged_task_vector, computed in float32, or float64 as that is.
 
     Same shape for both; the result has `dtype` (default: the base tensor's) and the merged task
     vector's device.
     """
-    base = base_tensor.to(merged_task_vector.device, torch.float32)
+    precision = torch.promote_types(merged_task_vector.dtype, torch.float32)
+    base = base_tensor.to(merged_task_vector.device, precision)
     merged = base + scaling_coefficient * merged_task_vector
     return merged.to(dtype or base_tensor.dtype)
 

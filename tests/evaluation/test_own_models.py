@@ -36,7 +36,8 @@ from optmerge_core.checkpoints.formats import side_files
 from optmerge_core.evaluation import chat
 from optmerge_core.evaluation.chat import load_processor
 from optmerge_core.evaluation.evaluator import Evaluator, load_model
-from optmerge_core.evaluation.questions import load_split
+from optmerge_core.evaluation.expert_merging import Settings, learn
+from optmerge_core.evaluation.questions import load_split, load_unlabelled
 from optmerge_core.evaluation.selection import MergedTaskVectors
 from optmerge_core.merging.experts import open_models
 from optmerge_core.merging.loop import merge_tensors
@@ -180,6 +181,17 @@ def test_answers_in_the_checkpoints_own_dtype_and_merges_no_tower(own):
         place = own.evaluator.memory_name(name)
         assert place.startswith("model.language_model.layers."), place
         assert torch.equal(model.get_parameter(place), own.base[name])
+
+
+def test_coefficients_are_learnt_on_pictures_and_questions_alone(own, tmp_path):
+    """In bfloat16, by each expert's own file of questions, prompts by the checkpoint's template."""
+    for expert, task in zip(EXPERTS, TASKS, strict=False):
+        shutil.copy(QUESTIONS / "validation" / f"{task}.parquet", tmp_path / f"{expert}.parquet")
+    evaluator = own.evaluator.asking(load_unlabelled(tmp_path, EXPERTS, 1))
+    found = learn(own, evaluator, Settings(learning_rate=0.1, steps=4))
+    assert list(found.coefficients) == own.names and found.losses[-1] < found.losses[0]
+    place = own.evaluator.memory_name(own.names[0])
+    assert torch.equal(evaluator.model.get_parameter(place), own.base[own.names[0]])
 
 
 def test_answers_are_what_generate_gives_one_by_one(own):
