@@ -26,7 +26,7 @@ from optmerge_core.runtime import Meter, in_order, parse_device
 Cost = Callable[[], dict[str, Any]]
 SETTINGS = (
     *("method", "method_options", "scaling_coefficient", "trim", "seed"),
-    *("dtype", "model_type", "family", "scope", "router"),
+    *("dtype", "model_type", "family", "scope", "router", "learnt"),
 )
 """What a report says as its plan does."""
 
@@ -52,6 +52,7 @@ def merge(
     processor: str | Path | None = None,
     chat_template: str | None = None,
     layers: int | None = None,
+    learnt: Mapping[str, Any] | None = None,
 ) -> MergeReport:
     """Merge fine-tuned experts of one base model into a complete Hugging Face folder.
 
@@ -70,7 +71,7 @@ def merge(
         method=method, method_options=method_options, scaling_coefficient=scaling_coefficient,
         device=device, dtype=dtype, trim=trim, seed=seed, overwrite=overwrite, family=family,
         scope=scope, router=router, max_shard_size=max_shard_size, stream=stream,
-        processor=processor, chat_template=chat_template, layers=layers,
+        processor=processor, chat_template=chat_template, layers=layers, learnt=learnt,
     )  # fmt: skip
     records: list[Record] = []
     with plan.writer() as writer:

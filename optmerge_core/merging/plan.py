@@ -100,6 +100,8 @@ class MergePlan:
     shards: dict[str, list[str]]
     """file of the output -> its parameters"""
     parts: list[Part]
+    learnt: dict[str, Any] | None = None
+    """from what data its options were learnt, which report and card say; see `evaluation`"""
     format: int = FORMAT
     _opened: list[Opened] = field(default_factory=list, repr=False, compare=False)
 
@@ -160,10 +162,8 @@ class MergePlan:
         try:
             text = json.dumps(self._content() | {"key": self.key}, indent=1) + "\n"
         except TypeError as error:
-            raise ValueError(
-                f"method_options of {self.method}: {error}; a plan in a file has numbers, texts "
-                "and lists alone"
-            ) from error
+            text = f"method_options of {self.method}: {error}; a file has numbers, texts and lists"
+            raise ValueError(f"{text} alone") from error
         partial = Path(f"{path}.{os.getpid()}.partial")
         try:
             with explained(Path(path)):
@@ -204,6 +204,7 @@ def plan_merge(
     processor: str | Path | None = None,
     chat_template: str | None = None,
     layers: int | None = None,
+    learnt: Mapping[str, Any] | None = None,
     max_part_size: int | str = "256MB",
 ) -> MergePlan:
     """Decide a merge from headers, and check all that they tell, before a tensor is read.
@@ -237,11 +238,10 @@ def plan_merge(
     return MergePlan(
         output_dir=str(Path(output_dir).resolve()), method=method, method_options=options,
         scaling_coefficient=scaling_coefficient, trim=trim, thresholds=found, seed=seed,
-        device=str(device), dtype=dtype_name(stored) if stored else None,
-        model_type=opened.model_type, stream=stream, overwrite=overwrite,
-        base_model=_described(base_model, opened.base),
+        device=str(device), dtype=dtype_name(stored) if stored else None, stream=stream,
+        model_type=opened.model_type, overwrite=overwrite, **place, **layout, _opened=[opened],
+        base_model=_described(base_model, opened.base), learnt=dict(learnt) if learnt else None,
         experts={n: _described(experts[n], weights) for n, weights in opened.experts.items()},
-        _opened=[opened], **place, **layout,
     )  # fmt: skip
 
 

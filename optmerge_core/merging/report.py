@@ -67,6 +67,8 @@ class MergeReport:
     """of merged adapters: where they merged, with the rank asked for and the spectrum"""
     rank: int | None = None
     spectrum: str | None = None
+    learnt: dict[str, Any] | None = None
+    """from what data the method's options were learnt; None of a merge without data"""
     weights: dict[str, str] = field(default_factory=dict)
     """weight file of the output -> its SHA-256"""
     added_tokens: dict[str, dict[int, int]] | None = None
@@ -111,7 +113,7 @@ class MergeReport:
             "seed": self.seed,
         }
         defaults = {"dtype": None, "family": None, "scope": "linear", "router": "merge"}
-        defaults |= {"processor": "base", "chat_template": None}
+        defaults |= {"processor": "base", "chat_template": None, "learnt": None}
         given = {key: getattr(self, key) for key in defaults}
         recipe |= {key: value for key, value in given.items() if value != defaults[key]}
         return dict(json.loads(json.dumps(recipe, default=str)))

@@ -104,6 +104,7 @@ def settings(recipe: Recipe, method: str | None = None) -> dict[str, Any]:
         settings_in_memory(recipe, method)
         | prompting(recipe)
         | ({} if recipe.layer_range is None else {"layers": recipe.layer_range[1]})
+        | _learnt(recipe, method)
         | {
             "scaling_coefficient": recipe.scaling_coefficient,
             "dtype": recipe.dtype,
@@ -112,6 +113,12 @@ def settings(recipe: Recipe, method: str | None = None) -> dict[str, Any]:
             "router": recipe.router,
         }
     )
+
+
+def _learnt(recipe: Recipe, method: str | None) -> dict[str, Any]:
+    """From what data the options of the recipe's own method are; nothing of another's."""
+    own = recipe.merges == "capabilities" and recipe.method(method) == recipe.merge_method
+    return {"learnt": recipe.learnt} if own and recipe.learnt else {}
 
 
 def settings_in_memory(recipe: Recipe, method: str | None = None) -> dict[str, Any]:

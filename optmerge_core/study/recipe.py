@@ -151,6 +151,7 @@ class Recipe(_Strict):
     chat_template: str | None = None  # auto, or a template in Jinja, in the place of its own
     then: str | dict[str, Any] | None = None  # svc, after every method
     layer_range: tuple[Literal[0], int] | None = None  # of whole models, in a mergekit file's slice
+    learnt: dict[str, Any] | None = None  # from what data its options are, as `learn` writes it
     trust_remote_code: bool = False  # run the Python files in a checkpoint to load its model
     evaluation: Evaluation = Evaluation()
     method_options: dict[str, dict[str, Any]] = {}
