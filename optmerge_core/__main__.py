@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optmerge_core.errors import exit_status, extra
-from optmerge_core.study import in_parts
+from optmerge_core.study import in_parts, learning
 
 if TYPE_CHECKING:
     from optmerge_core.study.push import Push
@@ -215,6 +215,13 @@ def extract_command(options: argparse.Namespace) -> None:
     print(summary(extract_adapter(options.base_model, options.expert, options.output, **given)))
 
 
+def learn_command(options: argparse.Namespace) -> None:
+    recipe = _load_recipe(options.recipe, stream=False)
+    from optmerge_core.benchmark.evaluator import evaluator_for
+
+    learning.learn_recipe(recipe, options, evaluator_for)
+
+
 def benchmarks_command(options: argparse.Namespace) -> None:
     if (options.model is None) == (options.results is None):
         raise ValueError("give either a merged model's folder, or --results with result files")
@@ -257,7 +264,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "decide a merge and cut it into parts, for `part` and `join` on any machine"
     sub = add("plan", plan_command, text)
     sub.add_argument("--stream", action="store_true", help=stream)
-    _add_parts(sub, commands)
+    _add_merge_options(sub, check=False)
+    in_parts.add_options(sub, commands)
     text = "measure a recipe's experts and say whether they will merge"
     sub = add("inspect", inspect_command, text, output=False)
     sub.add_argument("--stream", action="store_true", help=stream)
@@ -280,6 +288,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", metavar="DIR", required=True, help="folder to write")
     sub.add_argument("--family", help="which parameters merge, if config.json's type does not say")
     sub.add_argument("--overwrite", action="store_true", help="replace an adapter at DIR")
+    learning.add_command(commands, learn_command)
     _add_benchmarks(commands)
     return parser
 
@@ -295,23 +304,6 @@ def _add_benchmarks(commands) -> None:
     sub.add_argument("--table", default="2", help="of the paper: 2 (default), 3, 6, 9 or 10")
     sub.add_argument("--row", default="OptMerge", help="of that table (default: OptMerge)")
     sub.add_argument("--output", metavar="DIR", help="folder to write scripts or the table to")
-
-
-def _add_parts(plan: argparse.ArgumentParser, commands) -> None:
-    """The options of `plan`, and the commands that follow it."""
-    _add_merge_options(plan, check=False)
-    plan.add_argument("--plan", metavar="FILE", help="to write (default: DIR.plan.json)")
-    plan.add_argument("--max-part-size", metavar="SIZE", help="of a part's file (default: 256MB)")
-    text = "merge a part of a plan, or worker I's of N; what is finished is not done again"
-    sub = commands.add_parser("part", help=text, description=text)
-    sub.set_defaults(command=lambda o: in_parts.merge_parts(o.plan, o.worker, o.workers))
-    sub.add_argument("plan", metavar="PLAN", help="a file that `plan` wrote")
-    sub.add_argument("worker", metavar="I", type=int, help="from 0")
-    sub.add_argument("workers", metavar="N", type=int, nargs="?", help="how many workers there are")
-    text = "put a plan's finished parts together: the output folder appears, whole"
-    sub = commands.add_parser("join", help=text, description=text)
-    sub.set_defaults(command=lambda o: in_parts.join_parts(o.plan))
-    sub.add_argument("plan", metavar="PLAN", help="a file that `plan` wrote")
 
 
 def _add_merge_options(sub: argparse.ArgumentParser, check: bool = True) -> None:

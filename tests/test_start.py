@@ -51,7 +51,7 @@ def call(package: str, *arguments: str) -> tuple[subprocess.CompletedProcess, se
 
 
 PARSERS = {
-    "optmerge_core": ["", "merge", "inspect", "run", "benchmarks"],
+    "optmerge_core": ["", "merge", "inspect", "run", "learn", "benchmarks"],
     "optmerge_core.benchmark": ["", "questions", "train", "omni-train", "seeds", "subsets"],
 }
 

@@ -10,10 +10,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from argparse import Namespace
+    from argparse import ArgumentParser, Namespace
 
     from optmerge_core.merging.plan import MergePlan
     from optmerge_core.study.recipe import Recipe
+
+
+def add_options(plan: ArgumentParser, commands: Any) -> None:
+    """What `plan` takes beside what `merge` does, and the commands that follow it."""
+    plan.add_argument("--plan", metavar="FILE", help="to write (default: DIR.plan.json)")
+    plan.add_argument("--max-part-size", metavar="SIZE", help="of a part's file (default: 256MB)")
+    text = "merge a part of a plan, or worker I's of N; what is finished is not done again"
+    sub = commands.add_parser("part", help=text, description=text)
+    sub.set_defaults(command=lambda o: merge_parts(o.plan, o.worker, o.workers))
+    sub.add_argument("plan", metavar="PLAN", help="a file that `plan` wrote")
+    sub.add_argument("worker", metavar="I", type=int, help="from 0")
+    sub.add_argument("workers", metavar="N", type=int, nargs="?", help="how many workers there are")
+    text = "put a plan's finished parts together: the output folder appears, whole"
+    sub = commands.add_parser("join", help=text, description=text)
+    sub.set_defaults(command=lambda o: join_parts(o.plan))
+    sub.add_argument("plan", metavar="PLAN", help="a file that `plan` wrote")
 
 
 def plan_recipe(recipe: Recipe, options: Namespace, settings: dict[str, Any]) -> Path:
