@@ -26,6 +26,7 @@ COMMANDS = {
     "learning-rates": "experiments.learning_rates:main",
     "rate-map": "experiments.rate_map:main",
     "comparison": "experiments.comparison:main",
+    "expert-merging": "experiments.expert_merging:main",
     "smol-texts": "experiments.knowledge:main",
 }
 """Command, and the study if one is named -> file and function, imported when they are asked for."""
@@ -103,6 +104,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--methods", nargs="+", help="some of them (default: all)")
     text = "RECIPE's experts at several learning rates: OUTPUT/learning_rates.csv"
     add("learning-rates", text, "recipe", "output").add_argument("--rates", nargs="+", type=float)
+    text = "learn coefficients on unlabelled questions, beside λ on as many labelled: OUTPUT/*.csv"
+    sub = add("expert-merging", text, "recipe", "output")
+    for name in ("samples", "draws", "seeds"):
+        sub.add_argument(f"--{name}", nargs="+", type=int)
     return whole
 
 

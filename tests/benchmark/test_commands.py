@@ -25,6 +25,7 @@ GIVEN = {
     "subsets": f"{RECIPE} {RECIPE} --output out",
     "ranks": f"{RECIPE} out",
     "null-directions": f"{RECIPE} out --count 20",
+    "expert-merging": f"{RECIPE} out --samples 1 5 --draws 0 1 --seeds 1",
     "learning-rates": f"{RECIPE} out --rates 1e-3 2e-3",
     "rate-map": f"{RECIPE} out --seeds 1 2",
     "comparison": f"{RECIPE} out --seeds 1 2 --methods tsv",
