@@ -148,7 +148,7 @@ def test_a_plan_has_the_defaults_of_a_merge():
         "method": "optmerge", "method_options": None, "scaling_coefficient": 1.0, "device": "auto",
         "dtype": None, "trim": "tensor", "seed": 0, "overwrite": False, "family": None,
         "scope": "linear", "router": "merge", "max_shard_size": "400MB", "stream": False,
-        "processor": None, "chat_template": None,
+        "processor": None, "chat_template": None, "layers": None, "learnt": None,
     }  # fmt: skip
     for function, more in ((merge, {}), (plan_merge, {"max_part_size": "256MB"})):
         options = list(inspect.signature(function).parameters.values())[3:]

@@ -63,6 +63,8 @@ def test_apply_works_in_float32_and_keeps_the_dtype():
     assert apply(base, merged, 1.5).dtype == torch.float16
     assert torch.equal(apply(base, merged, 1.5), (base.float() + 1.5 * merged).half())
     assert apply(base, merged, 1.5, torch.bfloat16).dtype == torch.bfloat16
+    tiny = torch.tensor([1e-12]).double()
+    assert apply(base, tiny, 1.0, torch.float64).item() == 1 + 1e-12  # not rounded on the way
 
 
 def test_derived_seeds_differ():
