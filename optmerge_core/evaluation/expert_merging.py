@@ -186,12 +186,17 @@ class Alignment:
         return {n: parameters[self.evaluator.memory_name(n)] for n in self.task_vectors}
 
     def hold(self, weights_of):
-        """Let the model have θ0 + Σ wk τk; weights_of: name -> a weight for each expert."""
-        merge, base = METHODS["task_arithmetic"], self.evaluator.base
-        self.evaluator.hold(
-            (name, apply(base[name], merge(self.task_vectors[name], weights=weights_of(name)), 1.0))
-            for name in self.task_vectors
-        )
+        """Let the model have θ0 + Σ wk τk; weights_of: name -> a weight for each expert.
+
+        In the model's own dtype: one in which small steps of the weights are lost is no help.
+        """
+        merge, base, dtype = METHODS["task_arithmetic"], self.evaluator.base, self.model.dtype
+
+        def held(name):
+            merged = merge(self.task_vectors[name], weights=weights_of(name))
+            return apply(base[name], merged, 1.0, dtype)
+
+        self.evaluator.hold((name, held(name)) for name in self.task_vectors)
 
     def close(self):
         """The model is the base again, without gradients."""
