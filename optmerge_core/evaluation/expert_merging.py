@@ -35,6 +35,10 @@ UNITS = {"parameter": str, "layer": _layer}
 """What has a coefficient of each expert: a parameter (a linear layer), or a whole decoder layer."""
 
 
+PLACES = ("image_token_id", "image_token_index", "video_token_id")
+"""Where a model's configuration has the tokens in whose place features stand."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """Of the learning; T, w, r, α0 and the learning rate are the released code's defaults.
@@ -237,6 +241,10 @@ class Alignment:
             do_sample=False,
             pad_token_id=self.evaluator.tokenizer.pad_token_id,
         )[:, ids.shape[1] :]
+        places = {getattr(self.model.config, name, None) for name in PLACES}
+        said = tokens[0].tolist()  # ends where a picture's place is said, which has no features
+        end = next((i + 1 for i, token in enumerate(said) if token in places), len(said))
+        tokens = tokens[:, :end]
         own = {"input_ids": tokens[:, :-1], "attention_mask": torch.ones_like(tokens[:, :-1])}
         for key, x in inputs.items():
             if x.shape == ids.shape:  # of each token: its number, whether it is there, its kind
