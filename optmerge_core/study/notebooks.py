@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from optmerge_core.errors import extra
 from optmerge_core.places import checkout
+from optmerge_core.study.agreement import agreement, committed, keep
 from optmerge_core.study.index_page import read_notebook, write_contents, write_index
 from optmerge_core.study.recipe import load_recipe
 
@@ -47,6 +48,8 @@ def run(
     tables; it is written anew after every notebook. Of several recipes in `output_dir`, one more
     leads to those.
 
+    Last it says, of studies whose tables are committed, which claims agree with those.
+
     A notebook is skipped if its copy was made with the same parameters and is newer than the
     recipe, the notebook and every copy before it, since notebooks hand over through files.
     Raises `NotebookError` if one fails, `ValueError` if there is nothing to run.
@@ -55,10 +58,24 @@ def run(
         recipe_paths = [recipe_paths]
     studies = _studies(recipe_paths)
     folder = Path(notebooks_dir or checkout() / "notebooks").resolve()
+    for name in (*studies, "comparison"):
+        keep(folder.parent, name)
+    executed, figures = _run_studies(studies, folder, output_dir, device)
+    for name, fresh in figures.items():
+        for line in agreement(name, fresh, committed(folder.parent, name)):
+            print(line)
+    return executed
+
+
+def _run_studies(
+    studies: dict[str, tuple[Path, str]], folder: Path, output_dir: str | Path | None, device: str
+) -> tuple[list[Path], dict[str, Path]]:
+    """The notebooks in `folder` on all studies: the executed copies, and name -> its figures."""
     takes, comparing = _notebooks(folder)
     executed: list[Path] = []
     pages: dict[str, Path] = {}
     compared: dict[str, list[Path]] = {}  # name -> its executed copies
+    figures: dict[str, Path] = {}
 
     def folders(name: str) -> tuple[Path, Path]:
         """Where figures and executed copies of a study go; its page is listed from now on."""
@@ -75,6 +92,7 @@ def run(
         alone = [notebook for notebook, kind in takes.items() if kind == merges]
         if not alone:
             raise ValueError(f"{path.name}: no notebook in {_shown(folder)} merges {merges}")
+        figures[name] = folders(name)[0]
         executed += (done := _run_all(name, alone, given, *folders(name), [path]))
         compared |= {name: done} if merges == "capabilities" else {}
     if len(compared) > 1 and comparing:
@@ -86,7 +104,8 @@ def run(
         }
         there, inputs = folders("comparison"), [x for done in compared.values() for x in done]
         executed += _run_all("comparison", comparing, given, *there, recipes, inputs)
-    return executed
+        figures["comparison"] = there[0]
+    return executed, figures
 
 
 def _notebooks(folder: Path) -> tuple[dict[Path, str], list[Path]]:
