@@ -83,6 +83,22 @@ def test_environment_takes_the_same_pins_and_python():
         assert (version in conda) == (version in project) == (version != "3.10"), version
 
 
+def test_binder_takes_the_same_pins_and_python():
+    """Its folder hides the environment.yml of the root; relative paths belong into postBuild."""
+    root, binder = (
+        yaml.safe_load((ROOT / folder / "environment.yml").read_text())["dependencies"]
+        for folder in (".", ".binder")
+    )
+    assert binder == root[:2]
+    script = ROOT / ".binder" / "postBuild"
+    assert script.stat().st_mode & 0o111
+    lines = script.read_text().splitlines()
+    assert [line.split()[-2:] for line in lines if "pip install" in line] == [
+        ["-r", "requirements.txt"],
+        ["-e", "."],
+    ]
+
+
 def installed_by(*extras: str) -> set[str]:
     """The packages that pyproject.toml names for the core, and for these extras with their own."""
     project = read_project()
