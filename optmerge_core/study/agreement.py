@@ -19,7 +19,7 @@ CLAIMS = "tablexx_claims.csv"
 
 
 def keep(root: Path, name: str) -> None:
-    """Before the first run without git: a study's tables, as they came, to runs/<name>/committed."""
+    """Before a first run without git: a study's tables as they came, to runs/<name>/committed."""
     copies = _copies(root, name)
     if copies.parent.exists() or _in_git(root, name):  # it has run here before
         return
@@ -30,7 +30,7 @@ def keep(root: Path, name: str) -> None:
 
 def committed(root: Path, name: str) -> dict[str, str]:
     """A study's tables as committed, or as `keep` has kept them: file name -> text."""
-    found = {path: _git(root, "show", f"HEAD:./{path}") for path in _in_git(root, name)}
+    found = {path: git(root, "show", f"HEAD:./{path}") for path in _in_git(root, name)}
     if found:
         return {Path(path).name: text for path, text in found.items() if text is not None}
     copies = _copies(root, name).glob("*.csv")
@@ -99,11 +99,11 @@ def _copies(root: Path, name: str) -> Path:
 
 def _in_git(root: Path, name: str) -> list[str]:
     """The study's tables of the last commit, as paths from `root`; none without git."""
-    listed = _git(root, "ls-tree", "--name-only", "HEAD", f"figures/{name}/") or ""
+    listed = git(root, "ls-tree", "--name-only", "HEAD", f"figures/{name}/") or ""
     return [path for path in listed.splitlines() if path.endswith(".csv")]
 
 
-def _git(root: Path, *arguments: str) -> str | None:
+def git(root: Path, *arguments: str) -> str | None:
     """What git says, None where there is no git, no repository or no commit."""
     command = ["git", *arguments]
     try:

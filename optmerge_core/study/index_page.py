@@ -1,8 +1,8 @@
-"""index.html of a run: what a browser shows without a server, without JavaScript.
+"""index.html of a run: a report that a browser shows without a server and without a network.
 
 The page is made from the files that are there, so it can be written at any time of a run. Its text
 is jinja2's, in `index_page.html.jinja`, everything escaped. Tables too: pandas' `to_html` cuts long
-cells and has no class for a column of words.
+cells and has no class for a column of words. The only script sorts a table by a column.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from optmerge_core.errors import extra
+from optmerge_core.study.agreement import git
+from optmerge_core.study.notebook_page import notebook_page, read_notebook
+from optmerge_core.study.report_text import SENTENCES, findings
 
 PACKAGES = ("optmerge-core", "torch", "transformers", "safetensors", "peft", "numpy", "pandas")
 ROWS = 200
@@ -42,7 +45,7 @@ def write_index(
     figures: Path,
     recipes: list[Path],
 ) -> Path:
-    """Write the page of one study: notebooks, figures, tables, recipes' texts, versions.
+    """Write the page of one study: finding, notebooks, figures, tables, recipes' texts, versions.
 
     notebooks: the file names in their order; copies: the folder of the executed ones; figures: the
     folder of figures and tables. Links are relative to the page. Returns its path.
@@ -54,6 +57,9 @@ def write_index(
     return _write(
         page,
         title,
+        written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        revision=_revision(),
+        findings=findings(figures),
         notebooks=[_notebook(name, copies) for name in notebooks],
         pictures=[
             _item(figures, path.stem, (".svg", ".csv")) | {"picture": path} for path in pictures
@@ -87,28 +93,22 @@ def _write(page: Path, title: str, **values: Any) -> Path:
     return partial.replace(page)
 
 
-def read_notebook(path: Path) -> Any:
-    """A notebook in the format's fourth version, as nbformat gives it."""
-    with extra("notebooks"):
-        import nbformat  # slow: it parses a grammar of JSON schemas
-
-    return nbformat.read(path, as_version=4)
-
-
 def _notebook(name: str, copies: Path) -> dict[str, Any]:
     """Its executed copy with the seconds, or the copy that failed, or neither: it is to come."""
     done, failed = copies / name, (copies / name).with_suffix(".failed.ipynb")
     if not done.is_file():
-        found = failed if failed.is_file() else None
+        found = notebook_page(failed) if failed.is_file() else None
         return {"name": name, "done": None, "failed": found, "seconds": 0}
     seconds = read_notebook(done).metadata.get("papermill", {}).get("duration")
-    return {"name": name, "done": done, "seconds": seconds or 0}
+    shown = {"done": notebook_page(done), "file": done}
+    return shown | {"name": name, "seconds": seconds or 0}
 
 
 def _item(folder: Path, stem: str, suffixes: Sequence[str]) -> dict[str, Any]:
-    """What a figure and a table have: an anchor, a caption, the files beside them."""
-    paths = [folder / f"{stem}{suffix}" for suffix in suffixes]
-    return {"stem": stem, "caption": _caption(stem), "files": [p for p in paths if p.is_file()]}
+    """What a figure and a table have: an anchor, a caption, a sentence, the files beside them."""
+    paths = [path for suffix in suffixes if (path := folder / f"{stem}{suffix}").is_file()]
+    said = SENTENCES.get(stem)
+    return {"stem": stem, "caption": _caption(stem), "sentence": said, "files": paths}
 
 
 def _table(folder: Path, stem: str) -> dict[str, Any]:
@@ -143,6 +143,16 @@ def _caption(stem: str) -> str:
     kind, number, what = match.groups()
     kind = {"fig": "Figure", "table": "Table"}[kind]
     return f"{kind}{'' if number == 'xx' else f' {number}'}: {what.replace('_', ' ')}"
+
+
+def _revision() -> str | None:
+    """The commit that this package's code is at, and whether files differ from it."""
+    root = Path(__file__).parents[2]
+    commit = git(root, "rev-parse", "--short=12", "HEAD") if (root / ".git").exists() else None
+    if commit is None:
+        return None
+    changed = git(root, "status", "--porcelain", "--untracked-files=no", "--", "optmerge_core")
+    return f"{commit.strip()}{', with changes' if changed else ''}"
 
 
 def _versions() -> list[str]:

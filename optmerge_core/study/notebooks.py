@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 from optmerge_core.errors import extra
 from optmerge_core.places import checkout
 from optmerge_core.study.agreement import agreement, committed, keep
-from optmerge_core.study.index_page import read_notebook, write_contents, write_index
+from optmerge_core.study.index_page import write_contents, write_index
+from optmerge_core.study.notebook_page import read_notebook
 from optmerge_core.study.recipe import load_recipe
 
 
@@ -225,6 +226,7 @@ def _execute(notebook: Path, copy: Path, parameters: dict[str, Any]) -> None:
     failed = copy.with_suffix(".failed.ipynb")
     for old in (copy, failed):
         old.unlink(missing_ok=True)
+        old.with_suffix(".html").unlink(missing_ok=True)
     try:
         papermill.execute_notebook(
             notebook,

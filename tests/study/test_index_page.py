@@ -8,6 +8,7 @@ import nbformat
 import pytest
 
 from optmerge_core.study.index_page import write_contents, write_index
+from optmerge_core.study.report_text import SENTENCES
 
 
 class Page(HTMLParser):
@@ -20,7 +21,7 @@ class Page(HTMLParser):
         assert self.open == []
 
     def handle_starttag(self, tag, attributes):
-        assert tag not in ("script", "iframe")
+        assert tag != "iframe" and (tag != "script" or not attributes)
         self.links += [value for key, value in attributes if key in ("href", "src")]
         if tag not in ("meta", "img"):
             self.open.append(tag)
@@ -80,14 +81,27 @@ def test_a_page_shows_what_is_there(study):
                      "3.2", "a|b", "1.5", "x, <y>", "2"]  # fmt: skip
     assert {"00_first.ipynb", "failed", "predictions.parquet"} <= set(page.all("a"))
     assert "torch" in page.all("p")[-1]
+    assert re.match(r"20\d\d-\d\d-\d\d \d\d:\d\d UTC", page.all("p")[0])
+    assert page.all("script")[0].count("onclick") == 1
 
 
 def test_every_link_is_relative_and_leads_to_a_file(study):
     page = write(study)
-    assert len(page.links) == 2 + 2 + 2 * 2 + 3 + 1 + 1
-    for link in page.links:
+    links = [link for link in page.links if link != "#recipe-1"]
+    assert len(links) == len(page.links) - 1 == 1 + 2 + 2 + 2 * 2 + 3 + 1 + 1
+    assert "note%20books/00_first.html" in links and "note%20books/00_first.ipynb" in links
+    for link in links:
         assert not re.match(r"/|\w+:", link) and (study[0] / unquote(link)).is_file(), link
     assert not (study[0] / "index.partial").exists()
+
+
+def test_the_finding_stands_first_and_figures_say_what_they_show(study):
+    (study[1] / "table03_lora.csv").write_text("method,Avg\nTSV Merging,51\n")
+    (study[1] / "fig04_optmerge.png").write_bytes(b"x")
+    page = write(study)
+    assert page.all("h2")[0] == "What came out"
+    assert page.all("li")[0] == "Best merge: TSV Merging, 51.0 % of the test questions."
+    assert SENTENCES["fig04_optmerge"] in page.all("p")
 
 
 def test_a_long_table_is_cut_and_says_so(study):

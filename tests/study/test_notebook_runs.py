@@ -56,7 +56,8 @@ def test_order_parameters_folders_and_skipping(study, capsys):
     given = ["../study.yaml", "../out/figures", "cpu", str(study / "notebooks"), sys.executable]
     log = log_of(study / "out" / "figures")
     assert log == [["00_first", *given], ["01_second", *given]]
-    assert {path.name for path in executed[0].parent.iterdir()} == set(names)
+    pages = {name.replace("ipynb", "html") for name in names}
+    assert {path.name for path in executed[0].parent.iterdir()} == set(names) | pages
     shown = capsys.readouterr().out
     assert "out/index.html" in shown
     assert "out/figures" in shown and "out/notebooks" in shown and "done before" not in shown
@@ -212,10 +213,11 @@ def test_failure_names_notebook_and_cell_and_leaves_no_finished_copy(study, monk
     assert "01_second.ipynb, cell 5 (1 / number): ZeroDivisionError: division by zero" in message
     assert str(failed) in message and "\n" not in message
     names = {path.name for path in failed.parent.iterdir()}
-    assert names == {"00_first.ipynb", failed.name}
+    pages = {"00_first.html", "01_second.failed.html"}
+    assert names == {"00_first.ipynb", failed.name} | pages
     assert "ZeroDivisionError" in failed.read_text()
     page = Path("out", "index.html").read_text()
-    assert 'href="notebooks/01_second.failed.ipynb">failed' in page
+    assert 'href="notebooks/01_second.failed.html">failed' in page
 
     monkeypatch.setattr(pipeline, "checkout", lambda: study)
     assert main(["run", "study.yaml", "--output", "out"]) == 1
@@ -227,7 +229,7 @@ def test_failure_names_notebook_and_cell_and_leaves_no_finished_copy(study, monk
     run("study.yaml", "out", notebooks_dir="notebooks")
     ran = [entry[0] for entry in log_of(study / "out" / "figures")]
     assert ran == ["00_first", "01_second", "01_second", "01_second"]
-    assert not failed.exists()
+    assert not failed.exists() and not failed.with_suffix(".html").exists()
 
 
 def test_a_dead_kernel_is_a_failure_too(study):
