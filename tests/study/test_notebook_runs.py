@@ -148,6 +148,19 @@ def test_default_folders(study, instant, monkeypatch):
     assert (study / "figures" / "study").is_dir()
 
 
+def test_a_run_ends_with_the_claims_that_agree(study, instant, monkeypatch, capsys):
+    monkeypatch.setattr(pipeline, "checkout", lambda: study)
+    table = study / "figures" / "study" / "tablexx_claims.csv"
+    table.parent.mkdir(parents=True)
+    table.write_text("claim,lead,verdict\na wins,4,holds\n")
+    run("study.yaml")
+    assert "study: 1 of 1 claims agree\n" in capsys.readouterr().out
+    table.write_text("claim,lead,verdict\na wins,-4,does not hold\n")
+    run("study.yaml")
+    shown = capsys.readouterr().out
+    assert "study: DIFFERS: a wins: does not hold, committed holds (lead -4, committed 4)" in shown
+
+
 def test_several_recipes_then_the_comparison(study, instant, monkeypatch):
     (study / "other.yaml").write_text(STUDY)
     given = 'recipes = []\nfigure_dirs = []\noutput_dir = ""\ndevice = ""'
