@@ -27,7 +27,7 @@ unexport JUPYTER_PATH PYTHONPATH PYTHONHOME
 # The kernel draws into the notebook only where no other backend is asked for.
 unexport MPLBACKEND
 
-.PHONY: help setup reproduce figures test test-slow coverage benchmarks lab clean
+.PHONY: help setup reproduce figures test test-slow coverage benchmarks lab book clean
 .DEFAULT_GOAL := help
 
 help:
@@ -39,6 +39,7 @@ help:
 	@echo "make coverage   the tests once more: which share of the lines they run, 90 % at least"
 	@echo "make benchmarks measure times and memory again, and draw what hangs on them"
 	@echo "make lab        open the notebooks in JupyterLab"
+	@echo "make book       README, notebooks and course as a book, runs/book/README.html"
 	@echo "make clean      remove runs and caches ($(VENV), data and figures stay)"
 
 setup: $(INSTALLED) $(BASE)
@@ -106,6 +107,18 @@ benchmarks: setup
 
 lab: setup
 	$(PY) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
+
+# In an environment of its own: Sphinx and its theme, which nothing else needs.
+BOOK := $(VENV)/book
+$(BOOK)/.installed: .book/requirements.txt
+	"$(PYTHON)" -m venv $(BOOK)
+	$(BOOK)/bin/python -m pip install --disable-pip-version-check --quiet -r .book/requirements.txt
+	@touch $@
+
+book: $(BOOK)/.installed
+	$(BOOK)/bin/python -m sphinx -q --fail-on-warning --keep-going -b html -c .book \
+	  -d runs/book-cache . runs/book
+	@echo "the book: runs/book/README.html"
 
 clean:
 	rm -rf runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage*
