@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -75,15 +76,37 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def parse_device(device: str | torch.device) -> torch.device:
+    """One device of this machine. Raises `ValueError` where it has none of that kind."""
+    chosen = named_device(device)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda': this torch sees no CUDA device; use 'auto' or 'cpu'")
+    return chosen
+
+
+def named_device(device: str | torch.device) -> torch.device:
+    """What a name means, whether this machine has it or another that does the work."""
+    if device == "cuda:all":
+        raise ValueError(
+            "device 'cuda:all': all GPUs are for the command `merge` alone; give one here, such as "
+            "'cuda'"
+        )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(device)
+        return torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device {device!r}: give 'auto', 'cpu' or 'cuda'") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda': this torch sees no CUDA device; use 'auto' or 'cpu'")
-    return device
+
+
+def all_gpus() -> list[str]:
+    """The GPUs that this process sees, by their names in CUDA_VISIBLE_DEVICES.
+
+    Raises `ValueError` for none.
+    """
+    parse_device("cuda")
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    return [name.strip() for name in named.split(",")][:count]
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -95,7 +95,8 @@ def merge_part(plan: MergePlan, part: int) -> Path:
     path = part_file(plan.parts_folder, part)
     if path.is_file():
         return path
-    check_output(plan.output_dir, overwrite=plan.overwrite)
+    expected = plan.parts[part].bytes
+    check_output(plan.output_dir, overwrite=plan.overwrite, expected_bytes=expected)
     meter = Meter(parse_device(plan.device))
     tensors, records = {}, []
     try:
@@ -119,9 +120,21 @@ def join(plan: MergePlan) -> MergeReport:
 
     Raises `NotYet` for parts that are not finished and while others join, and as `merge` does.
     """
+    if (done := joined(plan)) is None:
+        try:
+            done = _join(plan)
+        except CheckpointError:  # others may have joined, and removed the parts, in the meantime
+            if (done := joined(plan)) is None:
+                raise
+        except NothingChanges:
+            remove_parts(plan.parts_folder)
+            raise
+    remove_parts(plan.parts_folder)
+    return done
+
+
+def _join(plan: MergePlan) -> MergeReport:
     folder = plan.parts_folder
-    if (done := joined(plan)) is not None:
-        return done
     missing = [n for n in range(len(plan.parts)) if not part_file(folder, n).is_file()]
     if missing:
         some = ", ".join(map(str, missing[:20])) + ", …" * (len(missing) > 20)
@@ -129,7 +142,7 @@ def join(plan: MergePlan) -> MergeReport:
             f"{plan.output_dir}: {len(missing)} of {len(plan.parts)} parts are not merged yet "
             f"({some}); call merge_part(plan, number) for each, then join again"
         )
-    meter, costs = Meter(parse_device(plan.device)), list[dict[str, Any]]()
+    meter, costs = Meter(torch.device("cpu")), list[dict[str, Any]]()
     workers: dict[str, list[int]] = {}
     records: list[Record] = []
 
@@ -146,27 +159,21 @@ def join(plan: MergePlan) -> MergeReport:
             ) or None,
         }  # fmt: skip
 
-    try:
-        with plan.writer() as writer:
-            for number in tqdm(range(len(plan.parts)), desc="joining", unit="part"):
-                tensors, notes = read_part(folder, number, plan.parts[number].names)
-                for name, tensor in tensors.items():
-                    writer.add(name, tensor)
-                records += notes["records"]
-                costs.append(notes["cost"])
-                workers.setdefault(notes["worker"], []).append(number)
-            report = _finish(plan, writer, records, cost)
-    except NothingChanges:
-        remove_parts(folder)
-        raise
-    remove_parts(folder)
-    return report
+    with plan.writer() as writer:
+        for number in tqdm(range(len(plan.parts)), desc="joining", unit="part"):
+            tensors, notes = read_part(folder, number, plan.parts[number].names)
+            for name, tensor in tensors.items():
+                writer.add(name, tensor)
+            records += notes["records"]
+            costs.append(notes["cost"])
+            workers.setdefault(notes["worker"], []).append(number)
+        return _finish(plan, writer, records, cost)
 
 
 def joined(plan: MergePlan) -> MergeReport | None:
     """The report of a plan that has been followed to its end; None of any other."""
     path = Path(plan.output_dir, "merge_report.json")
-    if plan.parts_folder.exists() or not path.is_file():
+    if not path.is_file():
         return None
     content = read_json(path)
     return MergeReport(**content) if content.get("plan") == plan.key else None

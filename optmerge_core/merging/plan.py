@@ -22,7 +22,6 @@ import torch
 
 from optmerge_core.checkpoints.formats import CheckpointError, dtype_name, read_json
 from optmerge_core.checkpoints.names import is_stack
-from optmerge_core.checkpoints.weights import Weights
 from optmerge_core.checkpoints.writer import (
     CheckpointWriter,
     check_output,
@@ -33,11 +32,12 @@ from optmerge_core.checkpoints.writer import (
 )
 from optmerge_core.merging.checks import check_folders, check_request, check_settings
 from optmerge_core.merging.experts import Opened, open_models
+from optmerge_core.merging.inputs import check_same, described, opened_from
 from optmerge_core.merging.loop import memory, trim_thresholds_over_model
-from optmerge_core.runtime import parse_device, parse_dtype
+from optmerge_core.runtime import named_device, parse_device, parse_dtype
 from optmerge_core.task_vectors.stack import TaskVectors
 
-FORMAT = 1
+FORMAT = 2
 PLACE = ("family", "scope", "router", "processor", "chat_template")
 """What `open_models` takes of a plan."""
 MAX_PART_COST = 2e10
@@ -94,7 +94,7 @@ class MergePlan:
     base_model: dict[str, Any]
     """location, as it was given; folder, or None for what is only on a server or in memory;
     revision; source; files: name -> [bytes, time of the last change, None where a revision or a
-    server pins it]"""
+    server pins it]; headers: a hash of what is read before the first tensor"""
     experts: dict[str, dict[str, Any]]
     parameters: dict[str, Planned]
     shards: dict[str, list[str]]
@@ -133,18 +133,14 @@ class MergePlan:
     def opened(self) -> Opened:
         """The inputs, opened once a process. `CheckpointError` if they are no longer the plan's."""
         if not self._opened:
-            experts = {name: _place(item) for name, item in self.experts.items()}
+            experts = {name: opened_from(item) for name, item in self.experts.items()}
             place = {x: getattr(self, x) for x in PLACE}
-            opened = open_models(_place(self.base_model), experts, **place, stream=self.stream)
+            opened = open_models(opened_from(self.base_model), experts, **place, stream=self.stream)
             self._opened.append(opened)
         opened = self._opened[0]
         inputs = zip(self.experts.values(), opened.experts.values(), strict=True)
         for item, weights in ((self.base_model, opened.base), *inputs):
-            if (found := _files(weights)) != item["files"]:
-                raise CheckpointError(
-                    f"{item['location']}: its files ({found}) are not those that the merge was "
-                    f"planned for ({item['files']}); plan the merge again"
-                )
+            check_same(item, weights)
         return opened
 
     def save(self, path: str | Path) -> Path:
@@ -213,20 +209,22 @@ def plan_merge(
     (`owner/name@revision`), an expert's also a PEFT LoRA adapter's, a model or a state dict in
     memory. A parameter that merges (see `families.mergeable`; `family` replaces config.json's model
     type) becomes base + scaling_coefficient * METHODS[method](stack of task vectors), in float32 on
-    `device`, all else is the base's, byte for byte; options may differ by layer, name (`varied`).
-    Stored is the base's dtype, or `dtype`. With `scope="all"` every floating-point parameter merges
-    that all experts have in the base's shape, not the language model's linear layers alone. A
-    mixture's matrices merge one by one; with `router="base"` its routers are the base's. With
-    `trim="model"` the TIES methods trim over the whole model: all is read twice, here. With
-    `stream`, inputs may stay on the hub or a web server. `processor`, `chat_template`: see
-    `processor.choose`. If given, there must be `layers` layers. A part ends at `max_part_size`.
+    `device` (of whoever merges), all else is the base's, byte for byte; options may differ by
+    layer, name (`varied`). Stored is the base's dtype, or `dtype`. With `scope="all"` every
+    floating-point parameter merges that all experts have in the base's shape, not the language
+    model's linear layers alone. A mixture's matrices merge one by one; with `router="base"` its
+    routers are the base's. With `trim="model"` the TIES methods trim over the whole model: all is
+    read twice, here. With `stream`, inputs may stay on the hub or a web server. `processor`,
+    `chat_template`: see `processor.choose`. If given, there must be `layers` layers. Parts end at
+    `max_part_size` and `MAX_PART_COST`.
 
     Raises `ValueError` (`CheckpointError` for files); nothing is written.
     """
     options, stored = dict(method_options or {}), parse_dtype(dtype)
     check_request(experts, method, options, scaling_coefficient, trim, seed, family)
     check_output(output_dir, overwrite=overwrite)
-    chosen, asked = parse_device(device), (family, scope, router, processor, chat_template)
+    named_device(device)  # which those who merge have; here it may be missing
+    asked = (family, scope, router, processor, chat_template)
     place: dict[str, Any] = dict(zip(PLACE, asked, strict=True))
     opened = open_models(base_model, experts, **place, stream=stream, layers=layers)
     place["processor"] = processor and opened.processor.owner  # a folder's whole path
@@ -234,14 +232,14 @@ def plan_merge(
     layout = _layout(opened, stored, max_shard_size, max_part_size)
     expected = sum(part.bytes for part in layout["parts"])
     check_output(output_dir, overwrite=overwrite, expected_bytes=expected)
-    found = _thresholds(opened, trim, method, options, seed, chosen)
+    found = _thresholds(opened, trim, method, options, seed, device)
     return MergePlan(
         output_dir=str(Path(output_dir).resolve()), method=method, method_options=options,
         scaling_coefficient=scaling_coefficient, trim=trim, thresholds=found, seed=seed,
         device=str(device), dtype=dtype_name(stored) if stored else None, stream=stream,
         model_type=opened.model_type, overwrite=overwrite, **place, **layout, _opened=[opened],
-        base_model=_described(base_model, opened.base), learnt=dict(learnt) if learnt else None,
-        experts={n: _described(experts[n], weights) for n, weights in opened.experts.items()},
+        base_model=described(base_model, opened.base), learnt=dict(learnt) if learnt else None,
+        experts={n: described(experts[n], weights) for n, weights in opened.experts.items()},
     )  # fmt: skip
 
 
@@ -283,12 +281,12 @@ def _layout(
         "max_shard_size": most,
         "parameters": parameters,
         "shards": dict(zip(file_names(len(shards)), shards, strict=True)),
-        "parts": _parts(parameters, sizes, parse_size("max_part_size", max_part_size)),
+        "parts": parts_of(parameters, sizes, parse_size("max_part_size", max_part_size)),
     }
 
 
 def _thresholds(
-    opened: Opened, trim: str, method: str, options: dict[str, Any], seed: int, device: torch.device
+    opened: Opened, trim: str, method: str, options: dict[str, Any], seed: int, device: str
 ) -> list[float] | None:
     """Of trimming over the model, if asked. `ValueError` for streams, and first for settings."""
     check_settings(method, options, opened.base, opened.names, len(opened.experts))
@@ -300,11 +298,12 @@ def _thresholds(
             f"trim='model' reads all weights three times, too often for {remote[0]}; download the "
             "models first (no stream), or use trim='tensor'"
         )
-    task_vectors = TaskVectors(opened.base, opened.experts, opened.names, device)
+    task_vectors = TaskVectors(opened.base, opened.experts, opened.names, parse_device(device))
     return trim_thresholds_over_model(task_vectors, method, options, seed).tolist()
 
 
-def _parts(parameters: Mapping[str, Planned], sizes: Mapping[str, int], most: int) -> list[Part]:
+def parts_of(parameters: Mapping[str, Planned], sizes: Mapping[str, int], most: int) -> list[Part]:
+    """Runs of parameters of at most `most` bytes and MAX_PART_COST; sizes: name -> bytes."""
     parts: list[Part] = []
     for name, parameter in parameters.items():
         cost = 0.0
@@ -317,33 +316,3 @@ def _parts(parameters: Mapping[str, Planned], sizes: Mapping[str, int], most: in
         else:
             parts.append(Part([name], size, cost))
     return parts
-
-
-def _described(location: Any, weights: Weights) -> dict[str, Any]:
-    given = isinstance(location, str | Path)
-    folder = weights.folder if given and weights.source == "folder" else None
-    return {
-        "location": str(location) if given else type(location).__name__,
-        "folder": str(folder.resolve()) if folder else None,
-        "revision": weights.revision,
-        "source": weights.source,
-        "files": _files(weights),
-    }
-
-
-def _files(weights: Weights) -> dict[str, list[int | None]]:
-    """File -> [bytes, seconds of its last change]; the latter only of what nothing else pins."""
-    folder = weights.folder if weights.source == "folder" else None
-    try:
-        return {
-            name: [size, int((folder / name).stat().st_mtime) if folder else None]
-            for name, size in weights.file_sizes().items()
-        }
-    except OSError as error:
-        raise CheckpointError(f"{weights.folder}: a file is gone ({error}); copy again") from error
-
-
-def _place(item: Mapping[str, Any]) -> str:
-    """Where a planned input is opened again: its folder, or its address, pinned."""
-    location = item["folder"] or item["location"]
-    return f"{location.partition('@')[0]}@{item['revision']}" if item["revision"] else location

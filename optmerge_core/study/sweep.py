@@ -30,7 +30,7 @@ from optmerge_core.merging.checks import check_method
 from optmerge_core.merging.varied import number
 from optmerge_core.methods.interference import interference
 from optmerge_core.methods.registry import METHODS
-from optmerge_core.runtime import parse_device
+from optmerge_core.runtime import named_device, parse_device
 from optmerge_core.study.index_page import write_index
 from optmerge_core.study.open import open_study, settings_in_memory
 from optmerge_core.study.parsing import numeric, parse
@@ -147,7 +147,7 @@ def sweep(
     of this sweep, and `output_dir/index.html` shows them. A point of a recipe that has changed
     otherwise since is computed again. Merged task vectors are held whole, in float32.
     """
-    device = str(parse_device(device))
+    named_device(device)
     wanted = points(recipe_paths, axes)
     folder = Path(output_dir) / "figures"
     path = folder / f"{NAME}.csv"
@@ -157,6 +157,7 @@ def sweep(
     }
     folder.mkdir(parents=True, exist_ok=True)
     pending = [point for point in wanted if point.key not in rows]
+    device = str(parse_device(device)) if pending else device
     progress = tqdm(total=len(wanted), initial=len(wanted) - len(pending), desc="sweep")
     with progress:
         for _, same in itertools.groupby(pending, key=lambda point: point.recipe.name):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from optmerge_core import join, load_plan, merge, merge_part, plan_merge
 from optmerge_core.checkpoints.folder import Checkpoint
 from optmerge_core.checkpoints.formats import CheckpointError
+from optmerge_core.merging import merge as merging
 from optmerge_core.merging import plan as module
 
 UP = "language_model.model.layers.0.mlp.up_proj.weight"
@@ -171,7 +172,7 @@ def test_parts_are_bounded_by_size_and_by_cost():
         for name, shape in shapes.items()
     }
     sizes = {name: 2 * math.prod(shape) for name, shape in shapes.items()}
-    parts = module._parts(parameters, sizes, 256_000_000)
+    parts = module.parts_of(parameters, sizes, 256_000_000)
     assert 150 < len(parts) < 250
     assert [name for part in parts for name in part.names] == list(shapes)
     for part in parts:
@@ -181,7 +182,7 @@ def test_parts_are_bounded_by_size_and_by_cost():
     gate = next(part for part in parts if "model.layers.3.mlp.gate_proj.weight" in part.names)
     assert gate.cost == 3584**2 * 18944  # smaller² · larger
     stacked = {"e": {"shape": (8, 64, 128), "dtype": "float32", "merged": "e"}}
-    assert module._parts(stacked, {"e": 8 * 64 * 128 * 4}, 10**9)[0].cost == 8 * 64**2 * 128
+    assert module.parts_of(stacked, {"e": 8 * 64 * 128 * 4}, 10**9)[0].cost == 8 * 64**2 * 128
 
 
 def test_what_is_finished_is_not_done_again(tiny, tmp_path, monkeypatch):
@@ -240,6 +241,71 @@ def test_an_input_that_has_changed_is_refused(inputs, tmp_path):
     with pytest.raises(CheckpointError, match=r"inputs.ocr: its files .* plan the merge again"):
         merge_part(load_plan(path), 1)
     assert plan_merge(base, experts, tmp_path / "out", method="ties", **SMALL).key != plan.key
+
+
+def test_an_input_that_has_changed_at_the_same_size_and_time_is_refused(inputs, tmp_path):
+    """Between a plan and its parts, in what is read before the first tensor; nothing is lost."""
+    base, experts = inputs
+    plan = plan_merge(base, experts, tmp_path / "out", method="ties", **SMALL)
+    path = plan.save(tmp_path / "plan.json")
+    finished = merge_part(load_plan(path), 0)
+    config = base / "config.json"
+    then, content = config.stat().st_mtime, config.read_bytes()
+    config.write_bytes(content.replace(b'"qwen2"', b'"qwen3"', 1))
+    assert config.stat().st_size == len(content) and config.read_bytes() != content
+    os.utime(config, (then, then))
+    with pytest.raises(CheckpointError, match=r"inputs.base: its headers .* plan the merge again"):
+        merge_part(load_plan(path), 1)
+    config.write_bytes(content)
+    merge_part(load_plan(path), 1)
+    assert finished.is_file()
+
+
+def test_a_plan_for_gpus_is_made_and_joined_where_there_is_none(tiny, tmp_path):
+    """On a cluster's first machine; those that merge need one, and trimming over the model here."""
+    settings = {"method": "ties", "device": "cuda"}
+    plan = plan_merge(tiny.base, tiny.experts, tmp_path / "out", **settings)
+    with pytest.raises(ValueError, match="this torch sees no CUDA device"):
+        merge_part(plan, 0)
+    with pytest.raises(ValueError, match="this torch sees no CUDA device"):
+        plan_merge(tiny.base, tiny.experts, tmp_path / "out", trim="model", **settings)
+    with pytest.raises(ValueError, match="device 'abacus': give 'auto', 'cpu' or 'cuda'"):
+        plan_merge(tiny.base, tiny.experts, tmp_path / "out", device="abacus")
+    with pytest.raises(CheckpointError, match="1 of 1 parts are not merged yet"):
+        join(plan)
+
+
+def test_a_full_disk_is_told_before_a_part_is_merged(tiny, tmp_path, monkeypatch):
+    plan = plan_merge(tiny.base, tiny.experts, tmp_path / "out", method="ties")
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+        patched.setattr(Checkpoint, "__getitem__", lambda self, name: pytest.fail("was read"))
+        with pytest.raises(CheckpointError, match="needed, 0.00 GB free on that disk; free some"):
+            merge_part(plan, 0)
+    assert list(tmp_path.iterdir()) == [] and merge_part(plan, 0).is_file()
+
+
+@pytest.mark.parametrize("removed", [0, 3])
+def test_a_join_killed_when_the_output_is_there_is_joined(tiny, tmp_path, monkeypatch, removed):
+    """Before or while it removed the parts: whoever tries again finds the work done."""
+    plan = plan_merge(tiny.base, tiny.experts, tmp_path / "out", method="ties", **SMALL)
+    for part in range(len(plan.parts)):
+        merge_part(plan, part)
+
+    def killed(folder):
+        for path in sorted(folder.iterdir())[:removed]:
+            path.unlink()
+        raise SystemExit
+
+    with monkeypatch.context() as patched:
+        patched.setattr(merging, "remove_parts", killed)
+        with pytest.raises(SystemExit):
+            join(plan)
+    assert len(list(plan.parts_folder.iterdir())) == len(plan.parts) - removed
+    written = weights(tmp_path / "out")
+    assert join(plan).plan == plan.key and weights(tmp_path / "out") == written
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_refused_merge_leaves_no_parts(inputs, tmp_path):
@@ -342,7 +408,7 @@ def test_options_that_json_cannot_say(tiny, tmp_path):
     [
         ("{", "not valid JSON"),
         ("[]", "a JSON object is expected"),
-        ('{"format": 1}', r"not a plan of this version \(format 1\); plan the merge again"),
+        ('{"format": 1}', r"not a plan of this version \(format 2\); plan the merge again"),
     ],
 )
 def test_what_is_no_plan(tmp_path, content, text):
