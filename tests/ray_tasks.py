@@ -1,6 +1,7 @@
 """What tests let a cluster do: tasks that die, hang or fail, each the first time only or always."""
 
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -39,3 +40,25 @@ def full_once(path: str) -> None:
 
 def refuse(path: str) -> None:
     raise ValueError(f"{path}: expert A has NaN")
+
+
+def note_gpus(path: str) -> None:
+    """Says which GPUs it has, from when to when."""
+    start = time.time()
+    time.sleep(0.1)
+    Path(path).write_text(f"{os.environ['CUDA_VISIBLE_DEVICES']} {start} {time.time()}")
+
+
+def merge_where_there_is_room(path: str, number: int) -> None:
+    """A part, for which the machine with FULL in its environment has a kilobyte."""
+    from optmerge_core.study.cluster import merge_planned
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    full = "FULL" in os.environ
+    if full:
+        Path(f"{path}.full-{number}").touch()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000 if full else soft, hard))
+        merge_planned(path, number)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from optmerge_core.checkpoints.parts import part_file
 from optmerge_core.merging.merge import join, joined, merge_part
-from optmerge_core.merging.plan import MAX_PART_COST, MergePlan, load_plan
+from optmerge_core.merging.plan import MergePlan, load_plan
 from optmerge_core.study.engine import Task, run_tasks
 from optmerge_core.study.recipe import load_recipe
+from optmerge_core.study.shares import work_of
 from optmerge_core.study.sweep import NAME, Point, points, read_points, write_points
 
 if TYPE_CHECKING:
@@ -35,20 +36,18 @@ def merge_on_cluster(path: str, address: str) -> MergeReport:
     plan = load_plan(path)
     if joined(plan) is None:
         tasks = part_tasks(plan, path)
-        gpus = 1.0 if plan.device.startswith("cuda") else 0.0
-        run_tasks(tasks, address, f"merging ({plan.method})", gpus)
+        run_tasks(tasks, address, f"merging ({plan.method})", plan.device)
     return join(plan)
 
 
 def part_tasks(plan: MergePlan, path: str) -> list[Task]:
     """A plan's unfinished parts: work by decompositions and bytes, memory by the largest matrix."""
-    tasks = []
-    for number, part in enumerate(plan.parts):
+    tasks, work = [], work_of(plan)
+    for number in range(len(plan.parts)):
         if part_file(plan.parts_folder, number).is_file():
             continue
-        work = part.cost / MAX_PART_COST + part.bytes / plan.max_shard_size
         where = f"{merge_planned.__module__}:{merge_planned.__name__}"
-        tasks.append(Task(where, (path, number), work, plan.memory(number) + PROCESS))
+        tasks.append(Task(where, (path, number), work[number], plan.memory(number) + PROCESS))
     return tasks
 
 
@@ -84,7 +83,7 @@ def sweep_on_cluster(
         folders.append(Path(output, "parts", hashlib.sha256(repr(key).encode()).hexdigest()[:12]))
         given = (paths[group[0].recipe.name], own, str(folders[-1]), device)
         tasks.append(Task(share, given, len(group), STUDY))
-    run_tasks(tasks, address, "sweep", 1.0 if device.startswith("cuda") else 0.0)
+    run_tasks(tasks, address, "sweep", device)
     for folder in folders:
         rows |= read_points(folder / "figures" / f"{NAME}.csv")
     if tasks:
@@ -108,4 +107,4 @@ def run_on_cluster(recipes: Sequence[str], output: str | None, device: str, addr
         )
         for path in map(str, recipes)
     ]
-    run_tasks(tasks, address, "running", 1.0 if device.startswith("cuda") else 0.0)
+    run_tasks(tasks, address, "running", device)

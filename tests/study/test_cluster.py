@@ -1,18 +1,25 @@
 """Ray's clusters of simulated machines in this one: what dies or hangs is done again elsewhere."""
 
+import os
+import re
+import signal
 import socket
+import subprocess
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 
 import pandas as pd
+import psutil
 import pytest
 import ray
 import ray_tasks
 import yaml
 from ray.cluster_utils import Cluster
 
-from optmerge_core import load_plan, merge, merge_part, plan_merge
+from optmerge_core import join, load_plan, merge, merge_part, plan_merge
 from optmerge_core.__main__ import main
 from optmerge_core.study import cluster, engine
 from optmerge_core.study.cluster import merge_on_cluster
@@ -27,7 +34,8 @@ NODE = {"num_cpus": 1, "memory": 4 * 10**9, "object_store_memory": 10**8}
 def machines(monkeypatch):
     """Two machines of one core, and this one of none, connected."""
     monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    monkeypatch.setenv("PYTHONPATH", str(Path(ray_tasks.__file__).parent))  # of all workers
+    own = str(Path(ray_tasks.__file__).parent)
+    monkeypatch.setenv("PYTHONPATH", own, prepend=os.pathsep)  # of all workers
     simulated = Cluster(initialize_head=True, head_node_args=NODE | {"num_cpus": 0})
     nodes = [simulated.add_node(**NODE) for _ in range(2)]
     ray.init(address=simulated.address, log_to_driver=False, logging_level="ERROR")
@@ -83,6 +91,94 @@ def test_finished_parts_are_not_done_again(machines, tiny, tmp_path):
     assert cluster.part_tasks(load_plan(path), path) == []
 
 
+HEAD = """
+import sys
+from optmerge_core.study.cluster import merge_on_cluster
+merge_on_cluster(sys.argv[1], sys.argv[2])
+"""
+
+
+def test_a_killed_head_loses_no_part(machines, tiny, tmp_path, monkeypatch):
+    """The process that hands out the parts is killed; another goes on with those that are left."""
+    settings = {"method": "optmerge", "method_options": {"steps": 5}}
+    merge(tiny.base, tiny.experts, tmp_path / "whole", max_shard_size="20KB", **settings)
+    plan = plan_merge(tiny.base, tiny.experts, tmp_path / "parts", **settings, **SMALL)
+    path = str(plan.save(tmp_path / "plan.json"))
+    head = subprocess.Popen([sys.executable, "-c", HEAD, path, machines[0].address])
+    while len(list(plan.parts_folder.glob("part-*"))) < 5:
+        assert head.poll() is None
+        time.sleep(0.01)
+    head.kill()
+    assert head.wait() == -signal.SIGKILL and not (tmp_path / "parts").exists()
+    before = {p.name: p.stat().st_mtime_ns for p in plan.parts_folder.glob("part-*")}
+    assert 5 <= len(before) < len(plan.parts)
+    own, after = cluster.join, {}
+
+    def watched(plan):
+        after.update({p.name: p.stat().st_mtime_ns for p in plan.parts_folder.glob("part-*")})
+        return own(plan)
+
+    monkeypatch.setattr(cluster, "join", watched)
+    merge_on_cluster(path, "auto")
+    assert len(after) == len(plan.parts) and before.items() <= after.items()
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+
+
+def test_a_machine_with_a_full_disk_is_left_out(machines, tiny, tmp_path):
+    """The kernel refuses what one of them writes; its parts are merged by the other."""
+    machines[0].add_node(**NODE, env_vars={"FULL": "1"})
+    settings = {"method": "ties"}
+    merge(tiny.base, tiny.experts, tmp_path / "whole", max_shard_size="20KB", **settings)
+    plan = plan_merge(tiny.base, tiny.experts, tmp_path / "parts", **settings, **SMALL)
+    path = str(plan.save(tmp_path / "plan.json"))
+    function = "ray_tasks:merge_where_there_is_room"
+    tasks = [replace(x, function=function) for x in cluster.part_tasks(plan, path)]
+    run_tasks(tasks, "auto", "testing")
+    assert list(tmp_path.glob("plan.json.full-*"))
+    assert [p.name for p in plan.parts_folder.iterdir() if p.name.startswith(".")] == []
+    join(plan)
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+
+
+def test_a_machine_that_hangs_is_given_up(machines, tmp_path, monkeypatch):
+    """All of its processes are stopped, and nothing tells anybody."""
+    monkeypatch.setattr(engine, "PATIENCE", 5.0)
+    _, nodes = machines
+    tasks = [task(ray_tasks.note, str(tmp_path), n) for n in range(8)]
+    run_tasks(tasks, "auto", "testing")
+    started = [info.process.pid for kind in nodes[1].all_processes.values() for info in kind]
+    own = list(map(psutil.Process, started))
+    tree = own + [child for process in own for child in process.children(recursive=True)]
+    for process in tree:
+        process.suspend()
+    try:
+        (tmp_path / "again").mkdir()
+        again = [task(ray_tasks.note, str(tmp_path / "again"), n) for n in range(8)]
+        done = run_tasks(again, "auto", "testing")
+        assert len(done) == len(list((tmp_path / "again").iterdir())) == 8
+    finally:
+        for process in tree:
+            process.resume()
+
+
+def test_a_gpu_is_one_task_s_and_what_no_machine_has_is_refused(machines, tmp_path):
+    large = Task("ray_tasks:note", (str(tmp_path), 0), 1.0, 10**15)
+    with pytest.raises(ValueError, match="no machine there has a core, 1000000.0 GB of memory, wh"):
+        run_tasks([large], "auto", "testing")
+    tasks = [task(ray_tasks.note_gpus, str(tmp_path / f"{n}")) for n in range(6)]
+    with pytest.raises(ValueError, match="no machine there has a core, 0.1 GB of memory and a GPU"):
+        run_tasks(tasks, "auto", "testing", "cuda")
+    assert not list(tmp_path.iterdir())
+    machines[0].add_node(**NODE | {"num_cpus": 4, "num_gpus": 2})
+    for device in ("cuda", "auto"):
+        run_tasks(tasks, "auto", "testing", device)
+        spans = [(tmp_path / f"{n}").read_text().split() for n in range(6)]
+        assert {gpu for gpu, _, _ in spans} == {"0", "1"}
+        for gpu in "01":
+            own = sorted((float(start), float(end)) for x, start, end in spans if x == gpu)
+            assert all(end <= start for (_, end), (start, _) in zip(own, own[1:], strict=False))
+
+
 def test_what_dies_hangs_or_fails_is_done_again(machines, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "PATIENCE", 5.0)
     tried = (ray_tasks.die_once, ray_tasks.full_once, ray_tasks.hang_once)
@@ -115,6 +211,23 @@ def small_recipe(tiny, tmp_path) -> str:
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(content | {"family": "internvl", "merge_method": "ties"}))
     return str(path)
+
+
+def test_the_readmes_commands_on_three_machines(machines, tiny, tmp_path, capsys, monkeypatch):
+    """As a new user reads them: `ray start` is the fixture's, a GPU is not at hand."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    section = readme.partition("## More than one machine\n")[2].partition("\n## ")[0]
+    on_cluster, on_gpus = re.findall(r"^python -m optmerge_core (merge .*)", section, re.MULTILINE)
+    machines[0].add_node(**NODE)
+    small_recipe(tiny, tmp_path)
+    (tmp_path / "tiny.yaml").rename(tmp_path / "recipe.yaml")
+    monkeypatch.chdir(tmp_path)
+    command = on_cluster.replace("/shared/", f"{tmp_path}/").split()
+    assert main(["merge", "recipe.yaml", "--output", "whole", "--no-check"]) == 0
+    assert main([*command, "--no-check"]) == 0
+    assert files(tmp_path / "merged") == files(tmp_path / "whole")
+    assert main(on_gpus.split()) == 1
+    assert "this torch sees no CUDA device" in capsys.readouterr().err
 
 
 def test_merge_and_sweep_by_the_command_line(machines, tiny, tmp_path):
