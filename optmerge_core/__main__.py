@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from optmerge_core.errors import exit_status, extra
 from optmerge_core.study import in_parts, learning
+from optmerge_core.study.shares import ALL_GPUS
 
 if TYPE_CHECKING:
     from optmerge_core.study.push import Push
@@ -80,14 +81,10 @@ def merge_command(options: argparse.Namespace) -> None:
         print(f"{options.output}: one Omni model of {', '.join(recipe.experts)}")
         _finish(options, recipe, push)
         return
-    if options.cluster is None:
+    if options.cluster is None and options.device != ALL_GPUS:
         report = merge(*models, **chosen, stream=options.stream)
     else:
-        from optmerge_core.study.cluster import merge_on_cluster
-
-        path = in_parts.plan_recipe(recipe, options, chosen)
-        report = merge_on_cluster(str(path), options.cluster)
-        path.unlink()
+        report = in_parts.merge_by_many(recipe, options, chosen)
     for name, norm in report.relative_norms().items():
         if norm > OTHER_BASE_NORM:
             reason = "its alpha, rank or learning rate may not be what was meant"
@@ -128,7 +125,8 @@ def _check(options: argparse.Namespace, recipe: Recipe) -> None:
         elif not hasattr(transformers, processor_class(Path(options.output)) or "AutoProcessor"):
             import_module("optmerge_core.benchmark.models.registry")  # it may be one of its own
     trust = {"trust_remote_code": recipe.trust_remote_code, "model_class": model_class}
-    check = check_merged(options.output, device=options.device, **trust)
+    trust |= {"device": options.device.removesuffix(":all")}
+    check = check_merged(options.output, **trust)
     if options.check and (check.failed or not check.model_class):
         raise ValueError(f"{options.output}: {' '.join(check.sentences())}")
     for sentence in check.sentences():
@@ -155,6 +153,7 @@ def inspect_command(options: argparse.Namespace) -> None:
 
 
 def run_command(options: argparse.Namespace) -> None:
+    in_parts.check_one_device(options.device)
     if options.sweep is None:
         from optmerge_core.study.notebooks import run
 
@@ -251,7 +250,9 @@ def _parser() -> argparse.ArgumentParser:
                 required=command in (merge_command, plan_command),
                 help="folder to write (run: default figures/<name> and runs/<name>)",
             )
-            sub.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+            more = "; cuda:all, all GPUs of this machine" if command is merge_command else ""
+            text = f"auto (default), cpu or cuda{more}"
+            sub.add_argument("--device", default="auto", help=text)
         return sub
 
     sub = add("merge", merge_command, "merge a recipe's experts into one model folder")

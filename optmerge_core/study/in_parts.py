@@ -1,18 +1,23 @@
-"""optmerge plan | part | join: one merge by many processes that share a folder, and by no engine.
+"""One merge by many processes that share a folder: optmerge plan | part | join, and who does it.
 
-For schedulers that start commands and retry them: each ends with 0 when what it was asked for is
-done, by itself or before; with 75 when the same command may succeed later; with 1 when it will not.
+The commands are for schedulers that start and retry them: each ends with 0 when what it was asked
+for is done, by itself or before; with 75 when the same command may succeed later; with 1 when it
+will not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from optmerge_core.study.shares import ALL_GPUS, share_of
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
 
-    from optmerge_core.merging.plan import MergePlan
+    from optmerge_core.merging.report import MergeReport
     from optmerge_core.study.recipe import Recipe
 
 
@@ -47,6 +52,35 @@ def plan_recipe(recipe: Recipe, options: Namespace, settings: dict[str, Any]) ->
     return plan.save(options.plan or f"{options.output}.plan.json")
 
 
+def merge_by_many(recipe: Recipe, options: Namespace, settings: dict[str, Any]) -> MergeReport:
+    """Plan, parts and join at once: on a cluster, or on all GPUs of this machine."""
+    if options.cluster is not None:
+        from optmerge_core.study.cluster import merge_on_cluster
+        from optmerge_core.study.engine import check_device
+
+        merge: Callable[[str], MergeReport] = partial(merge_on_cluster, address=options.cluster)
+        check_device(options.device)
+    else:
+        from optmerge_core.runtime import all_gpus
+        from optmerge_core.study.gpus import merge_on_gpus
+
+        merge, settings = partial(merge_on_gpus, gpus=all_gpus()), settings | {"device": "cuda"}
+    path = plan_recipe(recipe, options, settings)
+    try:
+        return merge(str(path))
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def check_one_device(device: str) -> None:
+    """Raise `ValueError` for all GPUs, where notebooks and sweeps work on one."""
+    if device == ALL_GPUS:
+        raise ValueError(
+            "--device cuda:all is for `merge` alone; give cuda, which with --cluster is a GPU for "
+            "each task"
+        )
+
+
 def tell(path: Path) -> None:
     """What a plan holds, and how to go on with it."""
     from optmerge_core.merging.plan import load_plan
@@ -75,26 +109,6 @@ def merge_parts(path: str, worker: int, workers: int | None) -> None:
     for number in numbers:
         merge_part(plan, number)
     print(f"{plan.output_dir}: parts {', '.join(map(str, numbers)) or 'none'} are finished")
-
-
-def share_of(plan: MergePlan, worker: int, workers: int) -> list[int]:
-    """The numbers of the parts that one of `workers`, counted from 0, merges, costly ones first.
-
-    Each part in turn goes to the worker with least to do, by decompositions (min²·max) and bytes.
-    """
-    from optmerge_core.merging.plan import MAX_PART_COST
-
-    if not 0 <= worker < workers:
-        raise ValueError(f"worker {worker} of {workers}: workers are 0 to {workers - 1}")
-    largest = max((part.bytes for part in plan.parts), default=0) or 1
-    work = [part.cost / MAX_PART_COST + part.bytes / largest for part in plan.parts]
-    todo, own = [0.0] * workers, []
-    for number in sorted(range(len(work)), key=lambda n: (-work[n], n)):
-        least = todo.index(min(todo))
-        todo[least] += work[number]
-        if least == worker:
-            own.append(number)
-    return own
 
 
 def join_parts(path: str) -> None:
