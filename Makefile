@@ -100,7 +100,7 @@ coverage: setup
 benchmarks: export HF_HUB_OFFLINE := 1
 benchmarks: export HF_HOME := $(CURDIR)/$(VENV)/state/huggingface
 benchmarks: setup
-	for script in layer.py $(if $(WEIGHTS),answers.py) models.py mergekit_files.py scaling.py cost.py device.py "start.py --record" readme.py; do \
+	for script in layer.py $(if $(WEIGHTS),answers.py) models.py mergekit_files.py scaling.py cost.py workers.py device.py "start.py --record" readme.py; do \
 	  $(PY) tests/benchmarks/$$script || exit 1; done
 	rm -f $(NAMES:%=runs/%/notebooks/03_merging.ipynb)
 	$(PY) -m optmerge_core run $(RECIPE) --device $(DEVICE)

@@ -2,11 +2,13 @@
 
 import hashlib
 import io
+import re
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -65,6 +67,58 @@ def test_the_readmes_costs_are_the_measured_ones():
     row = {"case": readme.ON_A_GPU, "device": "A GPU", "floor (s)": 45, "ours (s)": 90}
     on_a_gpu = readme.block(pd.concat([results, pd.DataFrame([row])]))
     assert "none was at hand" not in on_a_gpu and "scale 1 | A GPU | 90 | 2 |" in on_a_gpu
+
+
+def test_the_readmes_hours_are_the_estimated_ones_and_say_what_was_measured():
+    import readme
+
+    measured = pd.read_csv(readme.TABLE) if readme.TABLE.exists() else None
+    assert readme.SCALE.search(readme.README.read_text()).group() == readme.scale_block(measured)
+    rows = [
+        {"device": "A core", "workers": workers, "all (s)": seconds, "part (s)": 9.0,
+         "expected (s)": 10.0}
+        for workers, seconds in ((1, 40.0), (1, 40.0), (2, 25.0))
+    ]  # fmt: skip
+    said = " ".join(readme.scale_block(pd.DataFrame(rows)).split())
+    assert "A run of 2 parts (A core) took 40 s with one worker, 0.90 of what was expected" in said
+    assert "25 s with two: an efficiency of 0.80." in said
+
+
+def test_workers_says_who_merged_what_beside_what_was_expected(monkeypatch, capsys):
+    """All but Ray: whoever it would start is this process, which merges part after part."""
+    import workers
+
+    from optmerge_core.study.cluster import merge_planned
+    from optmerge_core.study.engine import Done
+
+    started = []
+    ray = SimpleNamespace(init=lambda **given: started.append(given), shutdown=lambda: None)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+
+    def run_tasks(tasks, address, label):
+        for task in tasks:
+            assert task.function.endswith(f":{merge_planned.__name__}")
+            merge_planned(*task.arguments)
+        return [Done("here", 0.5) for _ in tasks]
+
+    monkeypatch.setattr(workers, "run_tasks", run_tasks)
+    before = workers.TABLE.exists()
+    assert workers.main(scale=0.05, folder=None) == 0
+    said = capsys.readouterr().out
+    assert [given["num_cpus"] for given in started] == [1, 2]
+    assert "0, 1, 2" in said and "efficiency of two workers: " in said
+    assert workers.TABLE.exists() == before  # a try is not a measurement
+    rows = [(1, 30.0), (2, 20.0)]
+    table = pd.DataFrame(rows, columns=["workers", "all (s)"])
+    assert workers.efficiency(table) == 0.75
+
+
+@pytest.mark.slow
+def test_two_workers_write_what_one_writes():
+    call = [sys.executable, FOLDER / "workers.py", "--scale", "0.05"]
+    run = subprocess.run(call, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert re.search(r"efficiency of two workers: [\d.]+, at least 0.8 is wanted", run.stdout)
 
 
 def test_a_trace_tells_what_is_done_beside_kernels():

@@ -1,18 +1,24 @@
-"""The README's table of what a merge costs, from results.csv: `python tests/benchmarks/readme.py`.
+"""The README's tables of what a merge costs, and will cost: `python tests/benchmarks/readme.py`.
 
-It has the merges whose time is shared out (models.py, by shares.py), and OptMerge at the shape of a
-7B model on a GPU (device.py), whose cells stay empty until one has been at hand.
+The first, from results.csv, has the merges whose time is shared out (models.py, by shares.py), and
+OptMerge at the shape of a 7B model on a GPU (device.py), whose cells stay empty until one has been
+at hand. The second is `study.scale`'s, beside what workers.py has measured of it.
 """
 
 import re
+import textwrap
 from pathlib import Path
 
 import pandas as pd
 from floors import RESULTS
 from shares import KINDS
+from workers import SCALING, TABLE, efficiency
+
+from optmerge_core.study.scale import EXPERTS, MODELS, Rates, table
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 BLOCK = re.compile(r"(?<=<!-- costs -->\n).*?(?=<!-- /costs -->)", re.DOTALL)
+SCALE = re.compile(r"(?<=<!-- scale -->\n).*?(?=<!-- /scale -->)", re.DOTALL)
 HEADER = ["Merge", "Processor", "Seconds", "Over the floor", "Peer", "Peer over ours", *KINDS]
 ON_A_GPU = "Qwen2-VL-7B, 5 full experts, optmerge, compute only, scale 1"
 NO_GPU = "On a GPU nothing has been measured yet: none was at hand.\n"
@@ -45,10 +51,49 @@ def block(results: pd.DataFrame) -> str:
     return table + (f"\n{NO_GPU}" if on_a_gpu.empty else "")
 
 
+def scale_block(measured: pd.DataFrame | None) -> str:
+    """Markdown: parts, bytes and hours of large models; measured: workers.csv, if there is one."""
+    rates = Rates.measured(pd.read_csv(SCALING), pd.read_csv(RESULTS))
+    models = {name: model for name, model in MODELS.items() if not name.endswith("-1B")}
+    found = table(models, rates, (1, 8, 64))
+    header = ["Model", "Parts", "Read (GB)", "Written (GB)", "Memory of a worker (GB)"]
+    header += [f"Hours, {n} worker{'s' * (n > 1)}" for n in (1, 8, 64)]
+    rows = [[name, *map(number, row)] for name, row in found.iterrows()]
+    rule = ["---", *["--:"] * (len(header) - 1)]
+    lines = "".join(f"| {' | '.join(row)} |\n" for row in (header, rule, *rows))
+    said = f"{_said(rates)} {_checked(measured)}"
+    return f"{lines}\n{textwrap.fill(said, 100, break_on_hyphens=False)}\n"
+
+
+def _said(rates: Rates) -> str:
+    return (
+        f"OptMerge (lora preset), {EXPERTS} full experts, bfloat16, a worker a core: "
+        f"{rates.cost * 1e10:.3g} s for each 10¹⁰ of min²·max, {rates.byte * 1e9:.3g} s for each "
+        "GB read, as measured (scaling.csv, results.csv); the join, by one worker, is included."
+    )
+
+
+def _checked(measured: pd.DataFrame | None) -> str:
+    if measured is None:
+        return "No run has been set beside it yet: `tests/benchmarks/workers.py` does."
+    seconds = measured.groupby("workers")["all (s)"].first()
+    one = measured[measured["workers"] == 1]
+    share = one["part (s)"].sum() / one["expected (s)"].sum()
+    return (
+        f"A run of {len(one)} parts ({measured['device'].iloc[0]}) took {seconds[1]:.3g} s with "
+        f"one worker, {share:.2f} of what was expected, and {seconds[2]:.3g} s with two: an "
+        f"efficiency of {efficiency(measured):.2f}."
+    )
+
+
 def main() -> None:
+    blocks = {BLOCK: block(pd.read_csv(RESULTS))}
+    blocks[SCALE] = scale_block(pd.read_csv(TABLE) if TABLE.exists() else None)
     text = README.read_text(encoding="utf-8")
-    README.write_text(BLOCK.sub(lambda _: block(pd.read_csv(RESULTS)), text), encoding="utf-8")
-    print(block(pd.read_csv(RESULTS)))
+    for place, content in blocks.items():
+        text = place.sub(lambda _, content=content: content, text)
+        print(content)
+    README.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
