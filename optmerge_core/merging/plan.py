@@ -210,15 +210,13 @@ def plan_merge(
     memory. A parameter that merges (see `families.mergeable`; `family` replaces config.json's model
     type) becomes base + scaling_coefficient * METHODS[method](stack of task vectors), in float32 on
     `device` (of whoever merges), all else is the base's, byte for byte; options may differ by
-    layer, name (`varied`). Stored is the base's dtype, or `dtype`. With `scope="all"` every
-    floating-point parameter merges that all experts have in the base's shape, not the language
-    model's linear layers alone. A mixture's matrices merge one by one; with `router="base"` its
-    routers are the base's. With `trim="model"` the TIES methods trim over the whole model: all is
-    read twice, here. With `stream`, inputs may stay on the hub or a web server. `processor`,
-    `chat_template`: see `processor.choose`. If given, there must be `layers` layers. Parts end at
-    `max_part_size` and `MAX_PART_COST`.
+    layer, name (`varied`). Stored is the base's dtype, or `dtype`. With `scope="all"` all floating-
+    point parameters merge that all experts have in the base's shape; with `router="base"` a
+    mixture's routers are the base's. With `trim="model"` the TIES methods trim over the whole
+    model: all is read twice, here. With `stream`, inputs may stay on the hub or a web server.
+    `processor`, `chat_template`: see `processor.choose`. Parts end at `max_part_size`.
 
-    Raises `ValueError` (`CheckpointError` for files); nothing is written.
+    Raises `ValueError` (`CheckpointError` for files, or another number of layers than `layers`).
     """
     options, stored = dict(method_options or {}), parse_dtype(dtype)
     check_request(experts, method, options, scaling_coefficient, trim, seed, family)
@@ -230,8 +228,8 @@ def plan_merge(
     place["processor"] = processor and opened.processor.owner  # a folder's whole path
     check_folders(opened.base, opened.experts, Path(output_dir), opened.processor.folder)
     layout = _layout(opened, stored, max_shard_size, max_part_size)
-    expected = sum(part.bytes for part in layout["parts"])
-    check_output(output_dir, overwrite=overwrite, expected_bytes=expected)
+    size = sum(part.bytes for part in layout["parts"])
+    check_output(output_dir, overwrite=overwrite, expected_bytes=size)
     found = _thresholds(opened, trim, method, options, seed, device)
     return MergePlan(
         output_dir=str(Path(output_dir).resolve()), method=method, method_options=options,
