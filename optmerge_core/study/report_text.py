@@ -6,12 +6,8 @@ import csv
 from collections import defaultdict
 from pathlib import Path
 
-from optmerge_core.evaluation.verdicts import FAILS, HOLDS, UNDECIDED, UNTESTABLE
-from optmerge_core.figures import LABELS
-
 SCORES = ("table02_full_finetuning", "table03_lora", "table05_modalities")
 """Tables of models on test questions, with a column Avg; a study has one of them."""
-MERGED = set(LABELS.values()) - {LABELS["base_model"], LABELS["mixture"]}
 
 SENTENCES = {
     "fig01_overview": "One question of each task, answered by base, expert and merged model.",
@@ -47,10 +43,13 @@ def findings(figures: Path) -> list[str]:
 
 
 def _best(figures: Path) -> list[str]:
+    from optmerge_core.figures import LABELS  # takes pandas, which a refused recipe does without
+
+    names = set(LABELS.values()) - {LABELS["base_model"], LABELS["mixture"]}
     for path in (figures / f"{stem}.csv" for stem in SCORES):
         rows = _rows(path)
         scores = {next(iter(row.values())): float(row["Avg"]) for row in rows if row.get("Avg")}
-        merged = {name: score for name, score in scores.items() if name in MERGED}
+        merged = {name: score for name, score in scores.items() if name in names}
         if not merged:
             continue
         best = max(merged, key=merged.get)
@@ -71,6 +70,8 @@ def _own(rows: list[dict[str, str]]) -> float | None:
 
 
 def _claims(path: Path) -> list[str]:
+    from optmerge_core.evaluation.verdicts import FAILS, HOLDS, UNDECIDED, UNTESTABLE
+
     verdicts: defaultdict[str, list[str]] = defaultdict(list)
     for row in _rows(path):
         if row.get("verdict"):
