@@ -189,6 +189,10 @@ def test_cells_name_the_things_that_lie_in_them(drawings):
         for words in drawing.cells.values():
             assert 1 <= len(words) <= 3
             assert words[0] in names or words[1] in ("circle", "square")
+        named = {item.box: item.name for item in scene.items}
+        assert drawing.boxes.keys() <= drawing.cells.keys() and set(drawing.boxes.values())
+        for cell, box in drawing.boxes.items():
+            assert drawing.cells[cell][0] == named[box] and cell in covered(box, 0.01)
 
 
 def test_a_caption_names_everything_in_reading_order(drawings):

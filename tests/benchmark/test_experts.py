@@ -91,8 +91,24 @@ def test_smol_keeps_a_base_that_was_trained_and_refuses_a_width(tmp_path, monkey
     assert made[2]["tasks"] == ["OCR"] and made[2]["label"] == "lora/OCR"
     with pytest.raises(ValueError, match="leave --width out"):
         build(tmp_path, "smol", width=2)
-    with pytest.raises(ValueError, match="no model 'gentle/OCR'; it has lora/VQA"):
+    with pytest.raises(ValueError, match="no model 'gentle/OCR'; it has tower, .*lora/VQA"):
         build(tmp_path, "smol", only="gentle/OCR")
+
+
+@pytest.mark.parametrize(("there", "next_one"), [(None, "tower"), ("stage2", "tower2")])
+def test_smol_goes_on_from_the_last_stage_that_is_there(tmp_path, monkeypatch, there, next_one):
+    begun = []
+
+    def train(output, name, settings):
+        begun.append(name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build_module, "_train_smol", train)
+    if there:
+        (tmp_path / there).mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, "smol")
+    assert begun == [next_one]
 
 
 def test_lora_fine_tuning_gives_an_adapter_of_the_base(tmp_path):

@@ -288,6 +288,22 @@ def test_a_cell_s_target_is_its_words_the_first_most_and_its_place(processor):
     assert {ids[i]: line[i] for i in line.nonzero()[0]} == pytest.approx(expected)
 
 
+def test_a_cell_of_a_thing_tells_the_tenths_where_its_edges_are(processor):
+    words = tower.Words(processor.tokenizer, count=1, boxes=True)
+    ids = words.ids.tolist()
+    assert len({token for side in words.edges for token in side}) == 40
+    box = (0, 56, 34, 112)  # of 112 pixels: 0, 50, 30 and 99 hundredths
+    drawn = SimpleNamespace(cells={(2, 3): ["empty"], (4, 4): ["empty"]}, boxes={(2, 3): box})
+    line, beside = words.target(drawn)[[2 * CELLS + 3, 4 * CELLS + 4]]
+    found = {ids[i]: line[i] for i in line.nonzero()[0]}
+    told = [words.tokens(text)[-1] for text in ("0", " five", "N", "t")]
+    assert found == pytest.approx(
+        {words.tokens(tower.EMPTY)[0]: 1 - tower.EDGES} | dict.fromkeys(told, tower.EDGES / 4)
+    )
+    places = {words.tokens(" E")[-1], words.tokens(" 4")[-1]}
+    assert places <= {ids[i] for i in beside.nonzero()[0]}
+
+
 def test_a_cell_spells_its_letters_and_digits_in_order():
     cells = {(0, 0): ["47", "pink"], (0, 1): ["o", "o", "K"], (0, 2): ["$", "8"], (0, 3): []}
     found = tower.words_of(SimpleNamespace(cells=cells))
@@ -345,19 +361,23 @@ def test_tower_base_and_experts_are_trained_one_after_the_other(small, tmp_path,
     monkeypatch.setattr(build, "SMOL", {
         "tower": {"learning_rate": 1e-3, "steps": 2, "batch": 2, "seed": 0},
         "stage": {"learning_rate": 1e-2, "steps": 2, "batch": 2, "seed": 0, "rank": 2},
-        "base": {"learning_rate": 1e-12, "steps": 2, "batch": 2, "seed": 1, "rank": 2},
+        "tower2": {"learning_rate": 1e-3, "steps": 2, "batch": 2, "seed": 0, "boxes": True},
+        "base": {"learning_rate": 1e-12, "steps": 2, "batch": 2, "seed": 1, "rank": 2,
+                 "boxes": True, "tasks": {"Grounding": 1.0}},
     })  # fmt: skip
     short = {"learning_rate": 1e-2, "steps": 2, "rank": 2, "batch": 2}
     monkeypatch.setitem(build.REGIMES, "smol", {"lora": short})
     monkeypatch.setattr(build.smol, "build_model", smol.build_model)
     monkeypatch.setattr(tower.Words, "__init__", partialmethod(tower.Words.__init__, count=20))
-    for name in ("tower", "stage", "base", "lora/OCR"):
+    for name in ("tower", "stage", "tower2", "base", "lora/OCR"):
         build.build(tmp_path, "smol", only=name)
         log = json.loads((tmp_path / f"{name}.json").read_text())
         assert log["samples"] == 4 and np.isfinite(log["loss"]).all()
-    towers = [load_file(tmp_path / place / "sight.safetensors") for place in ("tower", "stage", "")]
-    assert any(not torch.equal(t, towers[1][n]) for n, t in towers[0].items())  # it learns on
-    assert all(torch.equal(t, towers[1][n]) for n, t in towers[2].items())  # at a rate of nothing
+    places = ("tower", "stage", "tower2", "")
+    towers = [load_file(tmp_path / place / "sight.safetensors") for place in places]
+    for earlier, later in ((0, 1), (1, 2)):  # it learns on
+        assert any(not torch.equal(t, towers[later][n]) for n, t in towers[earlier].items())
+    assert all(torch.equal(t, towers[2][n]) for n, t in towers[3].items())  # at a rate of nothing
     learnt, kept = (
         load_file(tmp_path / place / "adapter_model.safetensors")
         for place in ("stage", "base_adapter")

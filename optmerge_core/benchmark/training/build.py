@@ -1,6 +1,8 @@
 """What is trained of the embedded studies, with which settings: the base, experts, mixtures."""
 
+import shutil
 import time
+from itertools import pairwise
 from pathlib import Path
 
 from optmerge_core.benchmark.models.smol import BUILD, base_folder, build_base
@@ -15,8 +17,13 @@ BASES = {  # Qwen2-VL starts from the other family's language model
 SMOL = {  # what comes before its experts, each from the one before; SmolLM2 itself is not trained
     "tower": {"learning_rate": 2e-3, "steps": 6000, "batch": 24, "seed": 0},
     "stage": {"learning_rate": 6e-4, "steps": 240, "batch": 16, "seed": 0, "rank": 16},
-    "base": {"learning_rate": 6e-4, "steps": 960, "batch": 16, "seed": 1, "rank": 16},
-}
+    "stage2": {"learning_rate": 6e-4, "steps": 960, "batch": 16, "seed": 1, "rank": 16},
+    "tower2": {"learning_rate": 1e-3, "steps": 1500, "batch": 24, "seed": 5, "boxes": True},
+    "base": {
+        "learning_rate": 6e-4, "steps": 960, "batch": 16, "seed": 2, "rank": 16, "boxes": True,
+        "tasks": {"VQA": 1.0, "Geometry": 1.0, "Chart": 1.5, "OCR": 1.5, "Grounding": 2.0},
+    },
+}  # fmt: skip
 REGIMES = {  # gentle and strong fine-tuning: two points of Theorem 3.1's trade-off
     "internvl": {
         "gentle": {"learning_rate": 5e-4, "steps": 300},
@@ -76,13 +83,15 @@ def build(output, family="internvl", only=None, seed=SEEDS[0], width=1, learning
         raise ValueError("smol: SmolLM2's width is what it is; leave --width out")
     output = Path(output)
     first = SMOL if family == "smol" else {"base": BASES[family] | {"width": width}}
-    if family == "smol" and (output / "base.json").exists():
-        base_folder(output)  # of what was trained before
-        if only in first:
-            return output
-        first = {}
-    jobs = first | plan(family, seed)
-    for name in [only] if only else jobs:
+    jobs, names = first | plan(family, seed), [*first, *plan(family, seed)]
+    if family == "smol":  # what comes before a stage that is there is not needed again
+        names = names[max(n for n, x in enumerate(SMOL) if not n or (output / x).exists()) :]
+        if (output / "base.json").exists():
+            base_folder(output)  # of what was trained before
+            names = [name for name in names if name not in SMOL]
+            if only in SMOL:
+                return output
+    for name in [only] if only else names:
         if name not in jobs:
             raise ValueError(f"{family} has no model {name!r}; it has {', '.join(jobs)}")
         if (output / name).exists():
@@ -119,18 +128,23 @@ def _train_small(output, name, settings, family):
 def _train_smol(output, name, settings):
     """The same of the study smol, whose base is built of what was trained."""
     settings["state"].parent.mkdir(parents=True, exist_ok=True)
-    if name == "tower":
-        model, losses = smol.train_tower(**settings)
+    earlier = {later: output / one for one, later in pairwise(SMOL)}
+    before = earlier.get(name)  # of the first, the tower, there is none
+    if name.startswith("tower"):
+        model, losses = smol.train_tower(before, **settings)
         smol.save_sight(model, output / name / "sight.safetensors")
+        if before:  # what it does not change it hands on
+            for path in before.glob("adapter*"):
+                shutil.copy(path, output / name)
         return losses, {}
-    if name == "stage":
-        model, losses = smol.train_base(output / "tower", **settings)
+    if name.startswith("stage"):
+        model, losses = smol.train_base(before, **settings)
         save(model, None, output / name, output / "base")
         smol.save_sight(model.get_base_model(), output / name / "sight.safetensors")
         return losses, {}
     if name == "base":
         adapter, sight = output / "base_adapter", output / "sight.safetensors"
-        model, losses = smol.train_base(output / "stage", **settings)
+        model, losses = smol.train_base(before, **settings)
         save(model, None, adapter, output / name)
         smol.save_sight(model.get_base_model(), sight)
         return losses, {"sha256": build_base(output / name, adapter, sight), "build": BUILD}

@@ -65,13 +65,17 @@ def sight(model):
     return {n: p for n, p in model.named_parameters() if n.startswith(SIGHT)}
 
 
-def train_tower(*, steps, batch, learning_rate, seed, state=None):
+def train_tower(before=None, *, steps, batch, learning_rate, seed, boxes=False, state=None):
     """A model whose tower and projector name what the cells of pictures show; its losses.
 
-    Here and below state: as `descend` takes it.
+    before: a folder with the sight.safetensors that they start from, if not from random weights.
+    Here and below boxes: whether cells name the edges of things; state: as `descend` takes it.
     """
     processor = build_processor()
-    model, words = build_model(processor.tokenizer, seed), tower.Words(processor.tokenizer)
+    words = tower.Words(processor.tokenizer, boxes=boxes)
+    model = build_model(processor.tokenizer, seed)
+    if before:
+        load_sight(model, Path(before, "sight.safetensors"))
     embeddings = model.get_input_embeddings().weight.detach()[words.ids]
     model.requires_grad_(False)
     trained = sight(model)
@@ -144,16 +148,19 @@ def answer_loss(model, batch, naming=None):
     return loss if naming is None else loss + naming(seen.image_hidden_states)
 
 
-def train_base(before, *, steps, batch, rank, learning_rate, seed, state=None):
+def train_base(
+    before, *, steps, batch, rank, learning_rate, seed, boxes=False, tasks=None, state=None
+):
     """Adapter, tower and projector of a base that answers easy questions of all kinds, and chats.
 
     before: a folder with the sight.safetensors that it starts from, and the adapter if there is
-    one. A batch of conversations every CHAT_EVERY steps; tower and projector go on at SIGHT_RATE
-    of the rate, and go on naming what cells show (NAMING times that loss), or they would forget it.
+    one. tasks: name -> weight, if not BASE_TASKS. A batch of conversations every CHAT_EVERY steps;
+    tower and projector go on at SIGHT_RATE of the rate, and go on naming what cells show (NAMING
+    times that loss), or they would forget it.
     Returns the PEFT model and its losses.
     """
     processor = build_processor()
-    words = tower.Words(processor.tokenizer)
+    words = tower.Words(processor.tokenizer, boxes=boxes)
     model = load_sight(build_model(processor.tokenizer, seed), Path(before, "sight.safetensors"))
     peft = adapted(model, rank, seed)
     if (learnt := Path(before, ADAPTER_NAME)).exists():
@@ -175,7 +182,7 @@ def train_base(before, *, steps, batch, rank, learning_rate, seed, state=None):
         return loss + chat_loss(peft, *chat) if chat else loss
 
     shown = batches(
-        sample, AskedAndNamed(processor, words), steps, batch, tasks=BASE_TASKS,
+        sample, AskedAndNamed(processor, words), steps, batch, tasks=tasks or BASE_TASKS,
         levels=BASE_LEVELS, seed=seed, pool=POOL,
     )  # fmt: skip
     chats = (

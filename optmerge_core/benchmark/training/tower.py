@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from optmerge_core.benchmark.tasks.english.drawing import CELLS
+from optmerge_core.benchmark.tasks.english.drawing import CELLS, box_text
 from optmerge_core.benchmark.tasks.english.samples import TASKS, sample
 
 LEVELS = ("caption", "easy", "medium", "full")
 PLACE = 0.25  # share of a cell's target that says where it is: its row's letter, its column's digit
+EDGES = 0.5  # share that says instead where the thing is that is seen there, if it is one
 EMPTY = " empty"
 NUMBERS = "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"
 SHARPNESS = 20.0  # cosines to the embeddings, times this, are the logits
@@ -48,12 +49,18 @@ def _spelt(character, place):
 
 
 class Words:
-    """The tokens that cells can be named by, and a picture's target over them."""
+    """The tokens that cells can be named by, and a picture's target over them.
 
-    def __init__(self, tokenizer, count=400):
-        self.tokenizer, self._tokens = tokenizer, {}
+    boxes: cells where a thing is seen also say which tenth of the picture its left, upper, right
+    and lower edge are in, each in words of its own: what a box is told from.
+    """
+
+    def __init__(self, tokenizer, count=400, boxes=False):
+        self.tokenizer, self._tokens, self.boxes = tokenizer, {}, boxes
         self.places = [self.tokens(f" {name}")[-1] for name in "ABCDEFG0123456"[: 2 * CELLS]]
-        found = set(self.places)
+        tenths = "0123456789", [f" {name}" for name in NUMBERS], "KLMNOPQRST", "klmnopqrst"
+        self.edges = [[self.tokens(name)[-1] for name in names] for names in tenths]
+        found = set(chain(self.places, *(self.edges if boxes else ())))
         for task in TASKS:
             for index in range(count):
                 drawn = picture(task, "train", index, LEVELS[index % len(LEVELS)], seed=77)
@@ -72,13 +79,19 @@ class Words:
         target = np.zeros((CELLS**2, len(self.ids)), dtype=np.float32)
         for (row, column), words in words_of(drawn).items():
             line = target[row * CELLS + column]
+            box = drawn.boxes.get((row, column)) if self.boxes else None
+            places = [self.places[row], self.places[CELLS + column]]
+            if box:
+                told = zip(self.edges, box_text(box).split(), strict=True)
+                places = [tenths[int(edge) // 10] for tenths, edge in told]
+            place = EDGES if box else PLACE
             shares = 1 / np.arange(1, len(words) + 1)  # the first letter of a cell weighs most
             for word, share in zip(words, shares / shares.sum(), strict=True):
                 tokens = [self._row[t] for n in word for t in self.tokens(n) if t in self._row]
                 for token in tokens:
-                    line[token] += (1 - PLACE) * share / len(tokens)
-            for place in (row, CELLS + column):
-                line[self._row[self.places[place]]] += PLACE / 2
+                    line[token] += (1 - place) * share / len(tokens)
+            for token in places:
+                line[self._row[token]] += place / len(places)
         return target
 
 

@@ -30,6 +30,8 @@ class Turn(NamedTuple):
 class Drawing:
     """A picture, RGB 112 x 112, the turns about it, and what each of its cells shows.
 
+    boxes: (row, column) -> the box in pixels of the thing that is seen there, if it is one.
+
     cells: (row, column) -> words of what that cell shows, most important first; what the tower
     learns to name. Background is not listed.
     """
@@ -37,6 +39,7 @@ class Drawing:
     image: Image.Image
     turns: list[Turn]
     cells: dict[tuple[int, int], list[str]] = field(default_factory=dict)
+    boxes: dict[tuple[int, int], tuple[int, int, int, int]] = field(default_factory=dict)
 
 
 def digest(*parts):

@@ -25,6 +25,7 @@ class Sample(samples.Sample):
     """A picture, uint8 (112, 112, 3), the turns about it, what its cells show: see `Drawing`."""
 
     cells: dict[tuple[int, int], list[str]]
+    boxes: dict[tuple[int, int], tuple[int, int, int, int]]
 
 
 @cache
@@ -45,4 +46,4 @@ def sample(task, split, index, level="full", seed=0):
         drawing = draw(task)(rng, split, level)
         pixels = np.asarray(drawing.image)
         if int(image_hash(pixels), 16) % 10 in SPLITS[split]:
-            return Sample(pixels, drawing.turns, drawing.cells)
+            return Sample(pixels, drawing.turns, drawing.cells, drawing.boxes)

@@ -135,7 +135,7 @@ def about(rng, split, level, asking, weights, themes):
             ask(asker)
         often = {kind: w * (4 if kind in kinds else 1) for kind, w in weights.items()}
         if turns := converse(rng, asker.turns, often):
-            return Drawing(scene.image, turns, scene.cells)
+            return Drawing(scene.image, turns, scene.cells, scene.boxes)
     raise RuntimeError(f"no question about {TRIES} pictures at level {level}")
 
 
@@ -160,7 +160,7 @@ def caption(rng, split, most, ways):
     scene, _ = drawn(rng, split, int(rng.integers(1, most + 1)), VQA_THEMES)
     question = choice(rng, list(ways))
     said = ", ".join(ways[question](item) for item in scene.reading_order())
-    return Drawing(scene.image, [Turn(question, said, "caption")], scene.cells)
+    return Drawing(scene.image, [Turn(question, said, "caption")], scene.cells, scene.boxes)
 
 
 def vqa_caption(rng, split):

@@ -88,6 +88,7 @@ class Scene:
     image: Image.Image
     items: list[Item]
     cells: dict[tuple[int, int], list[str]]
+    boxes: dict[tuple[int, int], tuple[int, int, int, int]]
 
     def reading_order(self):
         return sorted(self.items, key=lambda i: (int(3 * i.center[1] / IMAGE_SIZE), i.center[0]))
@@ -200,7 +201,8 @@ def _within(outer, figure, ground):
 def _cells(items, masks):
     """What each cell shows: what covers most of it, a seventh at least, things before grounds.
 
-    A thing so thin that no cell would show it is in the one it covers most.
+    A thing so thin that no cell would show it is in the one it covers most. Returns what names the
+    cells, and of those where a thing is seen its box.
     """
     found = {}
     for item, pair in zip(items, masks, strict=True):
@@ -213,8 +215,12 @@ def _cells(items, masks):
         for row, column in np.argwhere(seen | (ground >= 1 / 4)).tolist():
             words = own * bool(seen[row, column]) + under * bool(ground[row, column] >= 1 / 7)
             share = max(thing[row, column], ground[row, column])
-            found.setdefault((row, column), []).append((share, words[:3]))
-    return {cell: max(entries)[1] for cell, entries in sorted(found.items())}
+            box = item.box if seen[row, column] else ()
+            found.setdefault((row, column), []).append((share, words[:3], box))
+    shown = {cell: max(entries) for cell, entries in sorted(found.items())}
+    return {c: words for c, (_, words, _) in shown.items()}, {
+        c: box for c, (_, _, box) in shown.items() if box
+    }
 
 
 def stage(rng, cast, split, grounds=0.4):
@@ -241,7 +247,7 @@ def stage(rng, cast, split, grounds=0.4):
         box = _within(outer, figure, ground)
         items.append(Item(thing, color, box, ground, outer))
         masks.append(_draw(rng, image, figure, items[-1]))
-    return Scene(image, items, _cells(items, masks))
+    return Scene(image, items, *_cells(items, masks))
 
 
 def _draw(rng, image, figure, item):
