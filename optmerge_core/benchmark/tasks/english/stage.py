@@ -37,6 +37,7 @@ UNLIKE = {
 SIZES = {1: (36, 56), 2: (32, 50), 3: (28, 46), 4: (26, 42), 5: (24, 36), 6: (24, 34)}
 """Things in a picture -> pixels of the longer side of one, with what it stands on."""
 GAP = 2  # pixels between two things at least
+JITTER = 5  # pixels: what is in one column of ninths is then never called left or right of another
 THIRDS = (("top left", "top", "top right"), ("left", "middle", "right"))
 THIRDS += (("bottom left", "bottom", "bottom right"),)
 
@@ -166,6 +167,26 @@ def _places(rng, names, sizes, anywhere):
         shrink *= 0.95
 
 
+def _in_ninths(rng, names, sizes, anywhere):
+    """A box for each thing in a ninth of its own, at most JITTER pixels from its middle.
+
+    So the ninths tell what is left of what, and what is outermost.
+    """
+    words = [word for row in THIRDS for word in row]
+    while True:
+        chosen = rng.permutation(len(words))[: len(names)].tolist()
+        if anywhere or not any(kept_place(n, words[i]) for n, i in zip(names, chosen, strict=True)):
+            break
+    boxes = []
+    for i, size in zip(chosen, sizes, strict=True):
+        middles = ((i % 3 + 0.5) * IMAGE_SIZE / 3, (i // 3 + 0.5) * IMAGE_SIZE / 3)
+        free = (min(JITTER, (IMAGE_SIZE / 3 - s) / 2) for s in size)
+        moved = [m + rng.uniform(-f, f) for m, f in zip(middles, free, strict=True)]
+        left, top = (round(m - s / 2) for m, s in zip(moved, size, strict=True))
+        boxes.append((left, top, left + size[0], top + size[1]))
+    return boxes
+
+
 # ---------------------------------------------------------------- the picture
 
 
@@ -223,13 +244,14 @@ def _cells(items, masks):
     }
 
 
-def stage(rng, cast, split, grounds=0.4):
+def stage(rng, cast, split, grounds=0.4, ninths=False):
     """A scene of the cast, [(Thing, Look, paint)]; a share of them on a circle or square.
 
     Things that vary in colour stand on the bare background, so that their colour is the only one.
-    In training and validation nothing stands in a place that is kept for the test.
+    In training and validation nothing stands in a place that is kept for the test. ninths: each
+    thing in a ninth of its own, as small as where there are many.
     """
-    image, low, high = background(rng), *SIZES[len(cast)]
+    image, low, high = background(rng), *SIZES[max(SIZES) if ninths else len(cast)]
     figures = [_figure(rng, look, paint) for _, look, paint in cast]
     colors = [paint or look.color for _, look, paint in cast]
     under = [_ground(rng, look.near, 0 if thing.varies else grounds) for thing, look, _ in cast]
@@ -239,7 +261,8 @@ def stage(rng, cast, split, grounds=0.4):
         longer = max(figure.size)
         scaled = tuple(round(side * s / longer) for s in figure.size)
         sizes.append((side, side) if ground else scaled)
-    outers = _places(rng, [thing.name for thing, *_ in cast], sizes, split == "test")
+    place = _in_ninths if ninths else _places
+    outers = place(rng, [thing.name for thing, *_ in cast], sizes, split == "test")
     items, masks = [], []
     for (thing, *_), figure, color, ground, outer in zip(
         cast, figures, colors, under, outers, strict=True

@@ -308,12 +308,17 @@ def scribble(rng, split):
     return choice(rng, makers)(rng, "train" if split == "test" else split, 1).lines[0]
 
 
+def some_text(rng, split, level):
+    """A text of any kind, of one to three lines."""
+    kinds = (plain, plain, plain, sign, tag, tag, date, note, note, number)
+    counts = {"easy": (1, 1, 2), "caption": (1, 2, 3)}.get(level, (1, 2, 2, 2, 3, 3))
+    return choice(rng, kinds)(rng, split, choice(rng, counts))
+
+
 def ocr(rng, split, level):
     if level == "page":
         return page(rng, split)
-    kinds = (plain, plain, plain, sign, tag, tag, date, note, note, number)
-    counts = {"easy": (1, 1, 2), "caption": (1, 2, 3)}.get(level, (1, 2, 2, 2, 3, 3))
-    written = choice(rng, kinds)(rng, split, choice(rng, counts))
+    written = some_text(rng, split, level)
     image, cells = draw_text(rng, written, level == "easy")
     if level == "caption":
         told = f"a {written.surface} that says {' '.join(written.lines)}"
