@@ -5,9 +5,7 @@ taken as they are. The class is the small family's, so everything that opens one
 omni.compose takes it too, as any stock class with a tower before a language model.
 """
 
-import fcntl
 import json
-import shutil
 from functools import cache
 from pathlib import Path
 
@@ -23,9 +21,10 @@ from transformers import (
 )
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
+from optmerge_core.benchmark.models.built import built
 from optmerge_core.benchmark.models.family import stop_at_the_end
 from optmerge_core.benchmark.models.internvl import TOKENS, ImageInternVLProcessor
-from optmerge_core.benchmark.models.packaged import Packaged, sha256
+from optmerge_core.benchmark.models.packaged import Packaged
 from optmerge_core.benchmark.tasks.english.drawing import CELLS, IMAGE_SIZE
 from optmerge_core.checkpoints.factors import Factors
 from optmerge_core.checkpoints.folder import Checkpoint
@@ -126,21 +125,9 @@ def base_folder(place=None):
     where what is built is not what was trained.
     """
     place = Path(place or checkout() / "data" / "benchmark" / "smol")
-    folder, partial = place / "base", place / ".base.partial"
-    with open(place / "base.json", encoding="utf-8") as log:
-        fcntl.flock(log, fcntl.LOCK_EX)
-        expected = json.load(log)["sha256"]
-        if sha256(folder / "model.safetensors") != expected:
-            shutil.rmtree(partial, ignore_errors=True)  # a killed process left it
-            digest = build_base(partial, place / "base_adapter", place / "sight.safetensors")
-            if digest != expected:
-                raise ValueError(
-                    f"{partial} has weights of SHA-256 {digest}, and base.json says {expected}: "
-                    "restore base_adapter and sight.safetensors beside it"
-                )
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
-    return folder
+    adapter, sight = place / "base_adapter", place / "sight.safetensors"
+    remedy = "restore base_adapter and sight.safetensors beside it"
+    return built(place / "base", lambda folder: build_base(folder, adapter, sight), remedy)
 
 
 def build_base(folder, adapter, sight):
@@ -151,16 +138,28 @@ def build_base(folder, adapter, sight):
     """
     processor = build_processor()
     model = build_model(processor.tokenizer)
+    put(add_products(model, adapter), sight)
+    model.half().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return Checkpoint(folder).sha256()["model.safetensors"]
+
+
+def add_products(model, adapter):
+    """A float32 model whose weights become, in float16, what an adapter's folder makes of them."""
     parameters = dict(model.named_parameters())
     factors = Factors(Checkpoint(adapter, adapter=True))
     for module in factors:
         weight = parameters[f"{module}.weight"]
         weight.data = plus_product(weight.data, *factors[module])
-    for name, tensor in load_file(sight).items():
+    return model
+
+
+def put(model, path):
+    """Parameters from a safetensors file into a model, in the file's dtype."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in load_file(path).items():
         parameters[name].data = tensor
-    model.half().save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return Checkpoint(folder).sha256()["model.safetensors"]
+    return model
 
 
 def plus_product(weight, b, a):
