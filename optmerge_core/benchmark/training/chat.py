@@ -75,7 +75,7 @@ def chat_loss(adapted, ids, mask, generator):
 
     def words():
         with torch.autocast("cpu", torch.bfloat16):
-            hidden = model.model.language_model(input_ids=ids).last_hidden_state
+            hidden = model.get_decoder()(input_ids=ids).last_hidden_state
             return log_softmax(model.lm_head(hidden[places[:, 0], places[:, 1]]).float(), dim=-1)
 
     with torch.no_grad(), adapted.disable_adapter():

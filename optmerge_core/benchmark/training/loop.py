@@ -50,23 +50,36 @@ class Collate:
     processor: object
 
     def __call__(self, samples):
-        tokenizer = self.processor.tokenizer
         rows = [self.processor.conversation(s.turns) for s in samples]
-        ids = iter(tokenizer([part for row in rows for part in row])["input_ids"])
-        rows = [[next(ids) for _ in row] for row in rows]
-        width = max(sum(map(len, row)) for row in rows)
-        input_ids = torch.full((len(rows), width), tokenizer.pad_token_id)
-        labels = torch.full((len(rows), width), -100)
-        for row, tokens, targets in zip(rows, input_ids, labels, strict=True):
-            start = 0
-            for number, part in enumerate(row):  # question, answer, question, answer, ...
-                end = start + len(part)
-                tokens[start:end] = torch.tensor(part)
-                if number % 2:
-                    targets[start:end] = tokens[start:end]
-                start = end
+        input_ids, labels = token_batch(self.processor.tokenizer, rows)
         images = self.processor.image_inputs(np.stack([s.image for s in samples]), input_ids)
         return {"input_ids": input_ids, "labels": labels, **images}
+
+    def length(self, sample):
+        """About how many tokens it has."""
+        return sum(20 + len(turn[0]) + len(turn[1]) for turn in sample.turns)
+
+    def chance(self, sample):
+        """A number that differs from sample to sample."""
+        return int(sample.image.sum())
+
+
+def token_batch(tokenizer, rows):
+    """Texts asked, said, asked, said, … a row -> input_ids and labels (b, t), padded right."""
+    ids = iter(tokenizer([part for row in rows for part in row])["input_ids"])
+    rows = [[next(ids) for _ in row] for row in rows]
+    width = max(sum(map(len, row)) for row in rows)
+    input_ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+    labels = torch.full((len(rows), width), -100)
+    for row, tokens, targets in zip(rows, input_ids, labels, strict=True):
+        start = 0
+        for number, part in enumerate(row):
+            end = start + len(part)
+            tokens[start:end] = torch.tensor(part)
+            if number % 2:
+                targets[start:end] = tokens[start:end]
+            start = end
+    return input_ids, labels
 
 
 @dataclass(frozen=True)
@@ -77,9 +90,9 @@ class ByLength:
     batch: int
 
     def __call__(self, samples):
-        ordered = sorted(samples, key=lambda s: sum(20 + len(t[0]) + len(t[1]) for t in s.turns))
+        ordered = sorted(samples, key=self.collate.length)
         chosen = [ordered[i : i + self.batch] for i in range(0, len(ordered), self.batch)]
-        order = np.random.default_rng(int(samples[0].image.sum())).permutation(len(chosen))
+        order = np.random.default_rng(self.collate.chance(samples[0])).permutation(len(chosen))
         return [self.collate(chosen[i]) for i in order]
 
 

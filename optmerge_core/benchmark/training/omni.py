@@ -51,23 +51,35 @@ def decouple(model, config, placeholder):
 
     placeholder: the number of the specialist's modality token. Returns the model.
     """
+    divide = two_adapters(model, config)
+    model.register_forward_pre_hook(
+        lambda module, arguments, inputs: divide(inputs["input_ids"] == placeholder),
+        with_kwargs=True,
+    )
+    return model
+
+
+def two_adapters(model, config):
+    """Add the adapter "text" to a PEFT model, which then has one for features, one for the rest.
+
+    Returns a function to call before each forward pass with which tokens are features, (b, t).
+    """
     model.add_adapter(TEXT, config)
     masks = {}
 
-    def note(module, arguments, inputs):
-        features = (inputs["input_ids"] == placeholder).unsqueeze(-1)
+    def divide(features):
+        features = features.unsqueeze(-1)
         masks[OWN], masks[TEXT] = features, ~features
 
     def keep(adapter):
         return lambda module, inputs, output: torch.where(masks[adapter], output, 0.0)
 
-    model.register_forward_pre_hook(note, with_kwargs=True)
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
             layer.set_adapter([OWN, TEXT])
             for adapter in (OWN, TEXT):
                 layer.lora_B[adapter].register_forward_hook(keep(adapter))
-    return model
+    return divide
 
 
 SEEN = {"shares": (1.0, 0.0, 0.0)}

@@ -116,18 +116,20 @@ def load_sight(model, path):
     return model
 
 
-def adapted(model, rank, seed):
+def adapted(model, rank, seed, family="internvl", whole=None):
     """The model with LoRA factors on all linear layers of its language model, which alone train.
 
-    Its own weights become bfloat16, tower and projector excepted.
+    Its own weights become bfloat16, tower and projector excepted. family: whose rule says where the
+    factors are; whole: modules that train beside them, as PEFT's `modules_to_save`.
     """
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    modules = sorted(n.removesuffix(".weight") for n in mergeable(shapes, "internvl"))
-    model.model.language_model.to(torch.bfloat16)
+    modules = sorted(n.removesuffix(".weight") for n in mergeable(shapes, family))
+    model.get_decoder().to(torch.bfloat16)
     model.set_attn_implementation("eager")
-    model.config.text_config.use_cache = False  # of keys and values, which nothing reads here
+    model.config.get_text_config().use_cache = False  # of keys and values: nothing reads them here
     torch.manual_seed(seed)  # the factors' start
-    peft = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=modules))
+    settings = {"r": rank, "lora_alpha": 2 * rank, "target_modules": modules}
+    peft = get_peft_model(model, LoraConfig(**settings, modules_to_save=whole))
     for layer in peft.modules():
         if isinstance(layer, LoraLayer):  # autocast makes of its float32 inputs bfloat16 again
             layer.cast_input_dtype_enabled = False
