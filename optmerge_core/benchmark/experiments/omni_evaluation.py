@@ -104,13 +104,16 @@ def answer_described(folder, items, batch_size=100):
     return judged(table_of(items), predictions)
 
 
-class OmniEvaluator:
-    """Answers questions with an Omni model, its language model's weights replaced at will.
+class OmniAnswers:
+    """Answers of an Omni model, its language model's weights replaced at will.
 
-    folder: a composed model; items: as `draw_questions` gives them; modalities: those switched on.
+    folder: a composed model; table: a row for each question. A kind of it sets `asked`, what
+    decides the answers beside the model, and says in `_predict` what the model answers.
     """
 
-    def __init__(self, folder, items, modalities=MODALITIES, batch_size=100):
+    judge = staticmethod(judged)
+
+    def __init__(self, folder, table):
         self.model = OmniForConditionalGeneration.from_pretrained(
             folder, dtype=torch.float32
         ).eval()
@@ -119,17 +122,8 @@ class OmniEvaluator:
             f"model.{n}": p.detach().clone()
             for n, p in self.model.language_model.named_parameters()
         }
-        self.table = table_of(items)
-        texts = [prompt(question, modalities) for question in self.table["question"]]
-        processors = image_processor(), feature_extractor()
-        self.batches = []
+        self.table, self.batches = table, []
         self.asked = [self.batches, side_content(folder)]
-        for rows in by_length(self.tokenizer, texts, batch_size):
-            ids = self.tokenizer([texts[i] for i in rows], return_tensors="pt")["input_ids"]
-            inputs = modality_inputs([items[i][0] for i in rows], modalities, *processors)
-            with torch.inference_mode():
-                embeddings = self.model.embed(ids, inputs)
-            self.batches.append((rows, ids, embeddings, self.model.token_kinds))
 
     @torch.inference_mode()
     def answer(self, weights=None):
@@ -138,10 +132,31 @@ class OmniEvaluator:
             full = f"model.{name}"
             if full in self.base:  # not where `online.route` has put other layers
                 parameter.copy_((weights or {}).get(full, self.base[full]))
-        return judged(self.table, remembered(self.model, self.asked, self._predict))
+        return self.judge(self.table, remembered(self.model, self.asked, self._predict))
 
     def _predict(self):
         """What the model says to every question, as it is now."""
+        raise NotImplementedError
+
+
+class OmniEvaluator(OmniAnswers):
+    """Of questions about clips.
+
+    items: as `draw_questions` gives them; modalities: those switched on.
+    """
+
+    def __init__(self, folder, items, modalities=MODALITIES, batch_size=100):
+        super().__init__(folder, table_of(items))
+        texts = [prompt(question, modalities) for question in self.table["question"]]
+        processors = image_processor(), feature_extractor()
+        for rows in by_length(self.tokenizer, texts, batch_size):
+            ids = self.tokenizer([texts[i] for i in rows], return_tensors="pt")["input_ids"]
+            inputs = modality_inputs([items[i][0] for i in rows], modalities, *processors)
+            with torch.inference_mode():
+                embeddings = self.model.embed(ids, inputs)
+            self.batches.append((rows, ids, embeddings, self.model.token_kinds))
+
+    def _predict(self):
         predictions = np.empty(len(self.table), dtype=object)
         for rows, ids, embeddings, kinds in self.batches:
             self.model.token_kinds = kinds
