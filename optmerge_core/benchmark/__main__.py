@@ -14,12 +14,15 @@ from optmerge_core.errors import exit_status
 COMMANDS = {
     "questions": "tasks.samples:write_splits",
     "questions smol": "tasks.english.datasets:write_splits",
+    "questions smol_omni": "tasks.spoken_questions:write_splits",
     "train": "training.build:build",
     "omni-train": "training.omni:build",
-    "smol-omni-train": "training.hearing:build",
+    "smol-omni-train": "training.spoken_build:build",
+    "smol-omni-base": "models.spoken:folders",
     "smol-base": "models.smol:base_folder",
     "seeds": "experiments.seeds:main",
     "omni-seeds": "experiments.omni_seeds:main",
+    "smol-omni-seeds": "experiments.spoken_seeds:main",
     "subsets": "experiments.subsets:main",
     "ranks": "experiments.ranks:main",
     "null-directions": "experiments.null_directions:main",
@@ -64,7 +67,9 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     sub = add("questions", "draw the questions that ship, into FOLDER", "folder")
-    sub.add_argument("--study", choices=("smol",), help="default: the embedded families'")
+    sub.add_argument(
+        "--study", choices=("smol", "smol_omni"), help="default: the embedded families'"
+    )
     sub = add("train", "train a family's base, experts and mixture models into OUTPUT", "output")
     sub.add_argument("--family", choices=FAMILIES, help="default: internvl")
     sub.add_argument("--only", help="base, or the folder of one model, as gentle/VQA")
@@ -74,13 +79,20 @@ def parser() -> argparse.ArgumentParser:
     sub = add("omni-train", "train the Omni benchmark's models into OUTPUT", "output")
     sub.add_argument("--seeds", nargs="+", type=int)
     sub.add_argument("--modalities", nargs="+", choices=MODALITIES, help="default: all")
-    add("smol-omni-train", "train the ear of the study smol_omni into OUTPUT", "output")
+    sub = add("smol-omni-train", "train what the study smol_omni composes into OUTPUT", "output")
+    sub.add_argument("--only", help="language_model, ear, clips, specialists, or as seed1/vision")
+    sub.add_argument("--seeds", nargs="+", type=int, help="of the specialists")
+    sub.add_argument("--sight", help="tower and projector of the study smol, if not as shipped")
+    sub = add("smol-omni-base", "build the models of the study smol_omni, which do not ship")
+    sub.add_argument("--place", help="of what they are built from (default: data/…/smol_omni)")
+    sub.add_argument("--sight", help="tower and projector of the study smol, if not beside it")
     add("smol-texts", "let SmolLM2 say what its study asks and trains with, into FOLDER", "folder")
     sub = add("smol-base", "build the base model of the study smol, which does not ship")
     sub.add_argument("--place", help="of what it is built from (default: data/benchmark/smol)")
     for name, text in {
         "seeds": "train, merge and evaluate RECIPE's experts for other seeds: OUTPUT/seeds.csv",
         "omni-seeds": "merge and evaluate RECIPE's specialists of all seeds: OUTPUT/seeds.csv",
+        "smol-omni-seeds": "ask RECIPE's merged specialists of all seeds aloud: OUTPUT/spoken.csv",
     }.items():
         sub = add(name, text, "recipe", "output")
         sub.add_argument("--seeds", nargs="+", type=int)
