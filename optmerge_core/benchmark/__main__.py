@@ -5,7 +5,7 @@ What made the shipped checkpoints and the tables of longer experiments; each tak
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -79,16 +79,7 @@ def parser() -> argparse.ArgumentParser:
     sub = add("omni-train", "train the Omni benchmark's models into OUTPUT", "output")
     sub.add_argument("--seeds", nargs="+", type=int)
     sub.add_argument("--modalities", nargs="+", choices=MODALITIES, help="default: all")
-    sub = add("smol-omni-train", "train what the study smol_omni composes into OUTPUT", "output")
-    sub.add_argument("--only", help="language_model, ear, clips, specialists, or as seed1/vision")
-    sub.add_argument("--seeds", nargs="+", type=int, help="of the specialists")
-    sub.add_argument("--sight", help="tower and projector of the study smol, if not as shipped")
-    sub = add("smol-omni-base", "build the models of the study smol_omni, which do not ship")
-    sub.add_argument("--place", help="of what they are built from (default: data/…/smol_omni)")
-    sub.add_argument("--sight", help="tower and projector of the study smol, if not beside it")
-    add("smol-texts", "let SmolLM2 say what its study asks and trains with, into FOLDER", "folder")
-    sub = add("smol-base", "build the base model of the study smol, which does not ship")
-    sub.add_argument("--place", help="of what it is built from (default: data/benchmark/smol)")
+    _studies_on_smollm2(add)
     for name, text in {
         "seeds": "train, merge and evaluate RECIPE's experts for other seeds: OUTPUT/seeds.csv",
         "omni-seeds": "merge and evaluate RECIPE's specialists of all seeds: OUTPUT/seeds.csv",
@@ -121,6 +112,20 @@ def parser() -> argparse.ArgumentParser:
     for name in ("samples", "draws", "seeds"):
         sub.add_argument(f"--{name}", nargs="+", type=int)
     return whole
+
+
+def _studies_on_smollm2(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """What trains and builds the models of `smol` and `smol_omni`."""
+    sub = add("smol-omni-train", "train what the study smol_omni composes into OUTPUT", "output")
+    sub.add_argument("--only", help="language_model, ear, clips, specialists, or as seed1/vision")
+    sub.add_argument("--seeds", nargs="+", type=int, help="of the specialists")
+    sub.add_argument("--sight", help="tower and projector of the study smol, if not as shipped")
+    sub = add("smol-omni-base", "build the models of the study smol_omni, which do not ship")
+    sub.add_argument("--place", help="of what they are built from (default: data/…/smol_omni)")
+    sub.add_argument("--sight", help="tower and projector of the study smol, if not beside it")
+    add("smol-texts", "let SmolLM2 say what its study asks and trains with, into FOLDER", "folder")
+    sub = add("smol-base", "build the base model of the study smol, which does not ship")
+    sub.add_argument("--place", help="of what it is built from (default: data/benchmark/smol)")
 
 
 if __name__ == "__main__":
