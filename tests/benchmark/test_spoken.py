@@ -382,8 +382,8 @@ def test_the_composed_model_is_the_language_model_between_both_senses(built, omn
     for name, modality in zip(models.places(), models.MODALITIES, strict=True):
         expected[ids == models.places()[name]] = features[modality]
     torch.testing.assert_close(model.embed(ids, inputs), expected, atol=1e-4, rtol=1e-3)
-    kinds = model.token_kinds[0]
-    assert (kinds == 1).sum() == 49 and (kinds == 2).sum() == tokens
+    own = dict(zip(model.specialists, model.token_kinds[0].bincount()[1:].tolist(), strict=True))
+    assert own == dict(zip(models.MODALITIES, (49, tokens), strict=True))
     names = [n for n, p in model.language_model.named_parameters() if "proj" in n]
     base = AutoModelForCausalLM.from_pretrained(built / "language_model", dtype=torch.float32)
     assert any(
