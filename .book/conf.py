@@ -15,6 +15,7 @@ from optmerge_core.study.notebook_page import with_formulas  # noqa: E402
 project = "OptMerge"
 extensions = ["myst_nb"]
 nb_execution_mode = "off"
+nb_ipywidgets_js = {}  # of a network's; saved progress bars are text
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 html_title = "OptMerge"
