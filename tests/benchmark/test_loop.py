@@ -61,6 +61,16 @@ def test_muon_steps_a_matrix_by_an_orthogonal_one():
     assert bias.detach().abs().numpy() == pytest.approx(0.1)
 
 
+class AsTheyAre(loop.Collate):
+    """The samples themselves, told apart in length and order as all are."""
+
+    def __init__(self):
+        super().__init__(processor=None)
+
+    def __call__(self, samples):
+        return samples
+
+
 def samples(lengths):
     return [
         SimpleNamespace(image=np.full((2, 2, 3), length % 7), turns=[("q" * length, "a")])
@@ -70,7 +80,8 @@ def samples(lengths):
 
 def test_pooled_batches_are_alike_in_length_and_in_no_order():
     given = samples(range(60, 0, -1))
-    widths = loop.ByLength(lambda rows: [len(s.turns[0][0]) for s in rows], batch=6)(given)
+    found = loop.ByLength(AsTheyAre(), batch=6)(given)
+    widths = [[len(s.turns[0][0]) for s in rows] for rows in found]
     assert sorted(sum(widths, [])) == list(range(1, 61))
     assert all(max(width) - min(width) == 5 for width in widths)
     starts = [min(width) for width in widths]
@@ -87,7 +98,7 @@ def test_a_stream_has_as_many_batches_as_asked_for_whatever_the_pool():
         levels = dict.fromkeys("ab", 1.0)
         return list(
             loop.batches(
-                draw, lambda rows: rows, 10, 3, tasks={"OCR": 1.0}, levels=levels, seed=0,
+                draw, AsTheyAre(), 10, 3, tasks={"OCR": 1.0}, levels=levels, seed=0,
                 workers=0, pool=pool,
             )
         )  # fmt: skip
