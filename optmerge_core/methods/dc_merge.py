@@ -12,10 +12,8 @@ from optmerge_core.methods.contract import (
     merge_method,
 )
 from optmerge_core.methods.svc import EQUAL, NOTHING
-from optmerge_core.methods.svd import polar, truncated_svd
+from optmerge_core.methods.svd import Triplets, polar, truncated_svd
 from optmerge_core.methods.ties import mean_of_sign
-
-Triplets = tuple[Float64[Tensor, "m k"], Float64[Tensor, " k"], Float64[Tensor, "k n"]]
 
 
 @merge_method(matrices_only=True)

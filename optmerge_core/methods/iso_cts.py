@@ -13,9 +13,7 @@ from optmerge_core.methods.contract import (
     merge_method,
 )
 from optmerge_core.methods.svc import NOTHING
-from optmerge_core.methods.svd import filled_svd, polar, singular_values, truncated_svd
-
-Triplets = tuple[Float64[Tensor, "m k"], Float64[Tensor, " k"], Float64[Tensor, "k n"]]
+from optmerge_core.methods.svd import Triplets, filled_svd, polar, singular_values, truncated_svd
 
 
 @merge_method(matrices_only=True)

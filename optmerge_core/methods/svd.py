@@ -6,6 +6,8 @@ from torch import Tensor
 
 STRIPE, SLAB = 128, 512
 """Columns and rows of a matrix that are multiplied at a time: see `gram`."""
+Triplets = tuple[Float64[Tensor, "m k"], Float64[Tensor, " k"], Float64[Tensor, "k n"]]
+"""Of a matrix in float64: U, S and Vh."""
 
 
 def truncated_svd(

@@ -69,6 +69,11 @@ def inner(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
     return sum(float((first[n].double() * second[n].double()).sum()) for n in first)
 
 
+def length(merged: Mapping[str, Tensor]) -> float:
+    """The norm of a merged task vector, as of one flat vector."""
+    return math.sqrt(inner(merged, merged))
+
+
 def cosine(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
     """The cosine of two merged task vectors."""
     return inner(first, second) / math.sqrt(inner(first, first) * inner(second, second))

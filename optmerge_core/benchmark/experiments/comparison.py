@@ -29,7 +29,7 @@ from optmerge_core.methods import EXPERTS, FILES
 from optmerge_core.study.open import open_study
 from optmerge_core.study.recipe import load_recipe
 from optmerge_core.task_vectors.stack import apply
-from optmerge_core.task_vectors.tables import cosine, inner
+from optmerge_core.task_vectors.tables import cosine, length
 
 CALIBRATED = ("task_arithmetic", "tsv")
 CAPTIONS = 32
@@ -90,11 +90,11 @@ def rows_of(study, validation, test, captions, methods=None):
 
         search = search_scaling(score, [label], study.scaling_coefficients)
         scaling = best_scaling(search)[label]
-        length = scaling * (inner(merged, merged) / inner(total, total)) ** 0.5
+        share = scaling * length(merged) / length(total)
         answers[label] = test.answer_merged(base, merged, scaling)
         row |= {"trials": len(search), "validation": search["accuracy"].max()}
-        row |= {"scaling_coefficient": scaling, "length": length, "cosine": cosine(merged, total)}
-        row["control"] = accuracy(test.answer_merged(base, total, length))["Avg"]
+        row |= {"scaling_coefficient": scaling, "length": share, "cosine": cosine(merged, total)}
+        row["control"] = accuracy(test.answer_merged(base, total, share))["Avg"]
         row["captions"] = captions((n, apply(base[n], merged[n], scaling)) for n in names)
         rows.append(row)
     scores = pd.DataFrame({model: accuracy(found) for model, found in answers.items()}).T

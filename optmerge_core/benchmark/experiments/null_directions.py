@@ -18,7 +18,7 @@ from optmerge_core.evaluation.questions import load_split
 from optmerge_core.methods.registry import METHODS
 from optmerge_core.study.open import open_study
 from optmerge_core.study.recipe import load_recipe
-from optmerge_core.task_vectors.tables import cosine, inner
+from optmerge_core.task_vectors.tables import cosine, length
 
 STORED = {"adapter": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 """How an expert is stored: as its factors, or as a whole model of a dtype."""
@@ -73,7 +73,7 @@ def score_variants(study, count=None):
         exact = exact or merged
         for label, (method, _) in VARIANTS.items():
             found, own = merged[label], exact[method]
-            norm = (inner(found, found) / inner(own, own)) ** 0.5
+            norm = length(found) / length(own)
             row = {"study": study.name, "stored": stored, "variant": label}
             row |= {"norm": norm, "cosine": cosine(found, own)}
             for scaling in study.scaling_coefficients:

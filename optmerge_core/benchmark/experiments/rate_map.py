@@ -20,7 +20,7 @@ from optmerge_core.methods import TABLE_METHODS
 from optmerge_core.methods.optmerge import PRESETS
 from optmerge_core.study.open import open_study
 from optmerge_core.study.recipe import load_recipe
-from optmerge_core.task_vectors.tables import inner
+from optmerge_core.task_vectors.tables import length
 
 DESCENDING = ("wudi", "optmerge")
 RATES = {
@@ -72,13 +72,12 @@ def search(study, opened, validation, methods=TABLE_METHODS):
     of the experts' sum), scaling_coefficient, accuracy.
     """
     rms, rows = root_mean_square(opened.task_vectors()), []
-    total = opened.merge_tensors("task_arithmetic")
-    length = inner(total, total) ** 0.5
+    whole = length(opened.merge_tensors("task_arithmetic"))
     for method in tqdm(methods, desc="methods", leave=False):
         for which, rate, options in tqdm(ways(study, method, rms), desc=method, leave=False):
             merged = opened.merge_tensors(method, method_options=options)
             row = {"method": method, "which": which, "learning_rate": rate}
-            row |= {"norm": inner(merged, merged) ** 0.5 / length}
+            row |= {"norm": length(merged) / whole}
             for scaling in SCALINGS:
                 answers = validation.answer_merged(opened.base, merged, scaling)
                 score = {"scaling_coefficient": scaling, "accuracy": accuracy(answers)["Avg"]}
