@@ -1,8 +1,9 @@
 """What a notebook's first cell checks before anything slow begins; nothing here imports torch.
 
-A path that is read (`recipe`, `figure_dirs`) is looked for from the working directory, then from
-the repository's notebooks/. A path that is written is the working directory's. One that is None is
-the repository's, wherever the kernel works: figures/<name of the recipe>, runs/<name>/merged.
+A path that is read (`recipe`, `figure_dirs`, `omni_dir`) is looked for from the working directory,
+then from the repository's notebooks/. A path that is written is the working directory's. One that
+is None is the repository's, wherever the kernel works: figures/<name of the recipe>,
+runs/<name>/merged.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ WRITTEN = {
     "retrained_dir": "runs/{}/retrained",
 }
 """Folder that a notebook writes -> its place in the repository where none is given."""
+READ = {"omni_dir": ("figures/omni", "table05_modalities.csv", "04_omni_composition")}
+"""Folder that one reads -> its place, a file that must be there, the notebook that writes it."""
 
 
 def checked(
@@ -32,12 +35,14 @@ def checked(
     merges: str = "capabilities",
     questions: bool = False,
     needs: Mapping[str, str] | None = None,
+    beside: Mapping[str, str] | None = None,
 ) -> tuple[Any, ...]:
     """The notebook's parameters in the order of `names`, their paths found.
 
     namespace: the notebook's globals(); names: the parameters that it has; merges: what its recipe
     must merge; questions: whether it asks any; needs: file -> the notebook that writes it, of the
-    same recipe. Raises `ValueError` in one sentence for whatever would stop the notebook later on.
+    same recipe; beside: the same, of notebooks that write into this one's `output_dir`. Raises
+    `ValueError` in one sentence for whatever would stop the notebook later on.
     """
     _check_names(namespace, names)
     given = {name: namespace[name] for name in names}
@@ -59,7 +64,12 @@ def checked(
         if len(read) != len(paths):
             raise ValueError(f"figure_dirs: {len(read)} folders for {len(paths)} recipes")
         given["figure_dirs"] = read = [_found(folder) for folder in read]
+    for name in given.keys() & READ.keys():
+        place, file, notebook = READ[name]
+        given[name] = _found(given[name] or in_checkout(place))
+        _check_needs([given[name]], ["its recipe"], {file: notebook})
     _check_needs(read, paths, needs or {})
+    _check_needs([given.get("output_dir")], ["the same recipes"], beside or {})
     return tuple(given[name] for name in names)
 
 
@@ -101,8 +111,8 @@ def _check_value(name: str, value: Any) -> None:
         valid = value is None and name == "figure_dirs" or all_texts and value
         asked = "give a list of paths"
     else:
-        valid = text or value is None and name in WRITTEN
-        asked = "give a path" + " or None" * (name in WRITTEN)
+        valid = text or value is None and name in WRITTEN.keys() | READ.keys()
+        asked = "give a path" + " or None" * (name != "recipe")
     if not valid:
         raise ValueError(f"{name} = {value!r}: {asked}")
     if str(value).startswith("cuda"):

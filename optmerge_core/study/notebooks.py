@@ -43,7 +43,8 @@ def run(
     `recipe`, `output_dir` (the folder of the figures) and `device`, the paths relative to the
     notebooks' folder, in which it runs as it does in JupyterLab. It runs on recipes that merge what
     its own does, capabilities or modalities. One whose parameters are `recipes` and `figure_dirs`
-    compares: it runs once, after all others, on several recipes that merge capabilities.
+    compares: it runs once, after all others, on several recipes that merge capabilities, and is
+    given the figures of the last that merges modalities if it has a parameter `omni_dir`.
 
     Beside each study's executed copies lies `index.html`, which shows its notebooks, figures and
     tables; it is written anew after every notebook. Of several recipes in `output_dir`, one more
@@ -103,9 +104,12 @@ def _run_studies(
             "figure_dirs": [_relative(folders(name)[0], folder) for name in compared],
             "device": device,
         }
-        there, inputs = folders("comparison"), [x for done in compared.values() for x in done]
-        executed += _run_all("comparison", comparing, given, *there, recipes, inputs)
-        figures["comparison"] = there[0]
+        others = [figures[name] for name in studies if name not in compared]
+        given |= {"omni_dir": _relative(others[-1], folder)} if others else {}
+        executed += _run_all(
+            "comparison", comparing, given, *folders("comparison"), recipes, executed
+        )
+        figures["comparison"] = folders("comparison")[0]
     return executed, figures
 
 
@@ -155,7 +159,11 @@ def _run_all(
     """
     figures.mkdir(parents=True, exist_ok=True)
     copies.mkdir(parents=True, exist_ok=True)
-    parameters = parameters | {"output_dir": _relative(figures, notebooks[0].parent)}
+    merged = copies.parent / "merged"
+    parameters = parameters | {
+        name: _relative(path, notebooks[0].parent)
+        for name, path in {"output_dir": figures, "merged_dir": merged}.items()
+    }
     table = Table("notebook", title=title)
     table.add_column("seconds", justify="right")
     executed = []
@@ -166,11 +174,9 @@ def _run_all(
         return write_index(copies.parent / "index.html", title, names, copies, figures, recipes)
 
     page()
-    merged = copies.parent / "merged"
     for notebook in tqdm(notebooks, desc=title, unit="notebook"):
-        copy, given = copies / notebook.name, dict(parameters)
-        if _parameter(notebook, "merged_dir"):
-            given["merged_dir"] = _relative(merged, notebook.parent)
+        copy = copies / notebook.name
+        given = {name: value for name, value in parameters.items() if _parameter(notebook, name)}
         newest_input = max(newest_input, notebook.stat().st_mtime)
         if _finished(copy, newest_input, given):
             table.add_row(notebook.name, "done before")

@@ -208,6 +208,28 @@ def test_a_notebook_runs_on_recipes_that_merge_what_its_own_does(study, instant)
     assert instant == ["00", "01", "04"]
 
 
+def test_a_notebook_that_compares_is_given_the_modalities_figures_if_it_asks(study, instant):
+    (study / "omni.yaml").write_text(
+        "merges: modalities\nbase_model: base\nmodels: [{model: chart}]\n"
+    )
+    (study / "other.yaml").write_text(STUDY)
+    for stem, given in {
+        "04_omni": 'recipe = "../omni.yaml"\noutput_dir = ""',
+        "06_both": "recipes = []\nfigure_dirs = []",
+        "08_all": "recipes = []\nfigure_dirs = []\nomni_dir = None",
+    }.items():
+        cell = nbformat.v4.new_code_cell(given, metadata={"tags": ["parameters"]}, id="0")
+        notebook = nbformat.v4.new_notebook(cells=[cell])
+        nbformat.write(notebook, study / "notebooks" / f"{stem}.ipynb")
+    done = run(["study.yaml", "omni.yaml", "other.yaml"], "out", "cpu", "notebooks")[-2:]
+    given = [nbformat.read(path, 4).metadata["papermill"]["parameters"] for path in done]
+    assert [sorted(x) for x in given] == [
+        ["figure_dirs", "recipes"],
+        ["figure_dirs", "omni_dir", "recipes"],
+    ]
+    assert given[1]["omni_dir"] == "../out/omni/figures"
+
+
 def test_two_recipes_of_one_name(study, instant):
     with pytest.raises(ValueError, match="the name 'study' is study.yaml's too"):
         run(["study.yaml", "study.yaml"], "out", "cpu", "notebooks")
