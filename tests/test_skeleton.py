@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -207,23 +205,6 @@ def test_pages_name_only_what_exists(page):
         if not name.startswith("https://") and not (ROOT / name).exists()
     ]
     assert missing == []
-
-
-@pytest.mark.parametrize(
-    ("table", "pattern"),
-    [
-        ("internvl/table02_full_finetuning", r"(\d+) % of the way .* after full\s+fine-tuning"),
-        ("qwen2_vl/table03_lora", r"and (\d+) % with LoRA"),
-    ],
-)
-def test_readme_says_how_near_the_merge_comes(table, pattern):
-    scores = pd.read_csv(ROOT / "figures" / f"{table}.csv", index_col="method")
-    experts = [name for name in scores.index if name.startswith("Individual ")]
-    own = [scores.loc[name, name.removeprefix("Individual ")] for name in experts]
-    way = scores["Avg"] - scores.loc["Base model", "Avg"]
-    share = 100 * way["OptMerge"] / (np.mean(own) - scores.loc["Base model", "Avg"])
-    said = re.search(pattern, (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert int(said[1]) == round(share)
 
 
 def test_readme_says_where_published_numbers_stand_beside_ours():

@@ -69,6 +69,13 @@ def test_the_readmes_costs_are_the_measured_ones():
     assert "none was at hand" not in on_a_gpu and "scale 1 | A GPU | 90 | 2 |" in on_a_gpu
 
 
+def test_the_readmes_first_sentences_are_the_notebooks():
+    import readme
+
+    said = readme.OUTCOME.search(readme.README.read_text()).group()
+    assert said == readme.outcome_block() and said.count("\n") == 5
+
+
 def test_the_readmes_hours_are_the_estimated_ones_and_say_what_was_measured():
     import readme
 

@@ -2,7 +2,8 @@
 
 The first, from results.csv, has the merges whose time is shared out (models.py, by shares.py), and
 OptMerge at the shape of a 7B model on a GPU (device.py), whose cells stay empty until one has been
-at hand. The second is `study.scale`'s, beside what workers.py has measured of it.
+at hand. The second is `study.scale`'s, beside what workers.py has measured of it. And the README's
+first sentences, of those that notebook 08 has written.
 """
 
 import re
@@ -14,11 +15,15 @@ from floors import RESULTS
 from shares import KINDS
 from workers import SCALING, TABLE, efficiency
 
+from optmerge_core.benchmark.outcome import linked
 from optmerge_core.study.scale import EXPERTS, MODELS, Rates, table
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 BLOCK = re.compile(r"(?<=<!-- costs -->\n).*?(?=<!-- /costs -->)", re.DOTALL)
 SCALE = re.compile(r"(?<=<!-- scale -->\n).*?(?=<!-- /scale -->)", re.DOTALL)
+OUTCOME = re.compile(r"(?<=<!-- came out -->\n).*?(?=<!-- /came out -->)", re.DOTALL)
+TELLING = [0, 2, 4, 8, 9]
+"""Of the ten sentences the most telling ones."""
 HEADER = ["Merge", "Processor", "Seconds", "Over the floor", "Peer", "Peer over ours", *KINDS]
 ON_A_GPU = "Qwen2-VL-7B, 5 full experts, optmerge, compute only, scale 1"
 NO_GPU = "On a GPU nothing has been measured yet: none was at hand.\n"
@@ -86,9 +91,17 @@ def _checked(measured: pd.DataFrame | None) -> str:
     )
 
 
+def outcome_block() -> str:
+    """Markdown: the telling sentences, with their links."""
+    figures = README.parent / "figures"
+    table = pd.read_csv(figures / "comparison" / "tablexx_came_out.csv", dtype={"notebook": str})
+    return linked(table.iloc[TELLING], README.parent / "notebooks", figures, README.parent)
+
+
 def main() -> None:
     blocks = {BLOCK: block(pd.read_csv(RESULTS))}
     blocks[SCALE] = scale_block(pd.read_csv(TABLE) if TABLE.exists() else None)
+    blocks[OUTCOME] = outcome_block()
     text = README.read_text(encoding="utf-8")
     for place, content in blocks.items():
         text = place.sub(lambda _, content=content: content, text)

@@ -80,6 +80,9 @@ SAVED = {
     (6, 1): lambda: int(column(saved("06-07")).drop("0").idxmin()),
     (6, 2): lambda: column(saved("06-11").replace(UNDECIDED, ""), 1).idxmax(),
     (6, 3): lambda: re.search(r"Only the (\w+)", SOLUTIONS_06.read_text())[1],
+    (8, 1): lambda: column(saved("08-03"))["internvl"],
+    (8, 2): lambda: float(re.search(r": ([\d.]+)", saved("08-05"))[1]),
+    (8, 3): lambda: column(saved("08-07"))["OptMerge beats the paper's other methods"],
 }  # fmt: skip
 """Of those that take a model's answers: what the solutions' saved outputs say."""
 
