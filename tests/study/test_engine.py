@@ -1,5 +1,6 @@
 """The engine's own decisions, by a Ray that is none: where a task goes, again, and when it ends."""
 
+import sys
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -153,3 +154,26 @@ def test_when_all_machines_are_gone_it_ends(use):
     machines.lost = machines.means.clear
     with pytest.raises(ValueError, match="no machine there has a core"):
         run_tasks(tasks(2), "auto", "testing")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ("InvalidAuthToken: missing\nor incorrect", "asks for a token .* copy ~/.ray/auth_token"),
+        ("nobody\n  answers", r"no cluster of Ray there \(nobody answers\); start one"),
+    ],
+)
+@pytest.mark.parametrize("kind", [RuntimeError, LookupError])
+def test_a_cluster_that_cannot_be_joined(kind, error, said, monkeypatch):
+    """Ray's own message has many lines; ours has one, with the remedy."""
+
+    def init(**_):
+        raise kind(error)
+
+    nobody = SimpleNamespace(
+        is_initialized=lambda: False, init=init, exceptions=SimpleNamespace(RayError=LookupError)
+    )
+    monkeypatch.setitem(sys.modules, "ray", nobody)
+    with pytest.raises(ConnectionError, match=f"^--cluster auto: .*{said}") as caught:
+        run_tasks([Task("a:b", (), 1, 1)], "auto", "x")
+    assert "\n" not in str(caught.value)
