@@ -27,13 +27,6 @@ PATIENCE = 900.0
 """Seconds without any task finished after which all that are left are given to others as well; five
 times as long as the longest task, if that is more."""
 
-TOKEN = "InvalidAuthToken"
-"""What Ray's error says where a cluster asks for a token and is given none, or another."""
-ASKS_FOR_A_TOKEN = (
-    "the cluster asks for a token that is not here; export RAY_AUTH_MODE=token, and copy "
-    "~/.ray/auth_token from the machine of `ray start --head`"
-)
-
 
 @dataclass(frozen=True)
 class Task:
@@ -83,12 +76,11 @@ def connected(address: str) -> Iterator[Any]:
             create_connection((host_and_port[1], int(host_and_port[2])), 10).close()
         ray.init(**place, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
     except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        if TOKEN in str(error):
-            raise ConnectionError(f"--cluster {address}: {ASKS_FOR_A_TOKEN}") from error
         why = " ".join(str(error).split())
         raise ConnectionError(
             f"--cluster {address}: no cluster of Ray there ({why}); start one with `ray start "
-            "--head` and `ray start --address=HOST:6379` elsewhere, or use --cluster local"
+            "--head` and `ray start --address=HOST:6379` elsewhere, or use --cluster local; one "
+            "that asks for a token wants RAY_AUTH_MODE=token and the head's ~/.ray/auth_token here"
         ) from error
     try:
         yield ray

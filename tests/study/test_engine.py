@@ -156,24 +156,18 @@ def test_when_all_machines_are_gone_it_ends(use):
         run_tasks(tasks(2), "auto", "testing")
 
 
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        ("InvalidAuthToken: missing\nor incorrect", "asks for a token .* copy ~/.ray/auth_token"),
-        ("nobody\n  answers", r"no cluster of Ray there \(nobody answers\); start one"),
-    ],
-)
 @pytest.mark.parametrize("kind", [RuntimeError, LookupError])
-def test_a_cluster_that_cannot_be_joined(kind, error, said, monkeypatch):
-    """Ray's own message has many lines; ours has one, with the remedy."""
+def test_a_cluster_that_cannot_be_joined(kind, monkeypatch):
+    """Ray's own message has many lines; ours has one, with the remedies."""
 
     def init(**_):
-        raise kind(error)
+        raise kind("InvalidAuthToken:\n  missing")
 
     nobody = SimpleNamespace(
         is_initialized=lambda: False, init=init, exceptions=SimpleNamespace(RayError=LookupError)
     )
     monkeypatch.setitem(sys.modules, "ray", nobody)
-    with pytest.raises(ConnectionError, match=f"^--cluster auto: .*{said}") as caught:
+    said = r"^--cluster auto: no cluster of Ray there \(InvalidAuthToken: missing\); .* token wants"
+    with pytest.raises(ConnectionError, match=said) as caught:
         run_tasks([Task("a:b", (), 1, 1)], "auto", "x")
     assert "\n" not in str(caught.value)
