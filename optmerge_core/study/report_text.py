@@ -10,7 +10,7 @@ SCORES = ("table02_full_finetuning", "table03_lora", "table05_modalities")
 """Tables of models on test questions, with a column Avg; a study has one of them."""
 
 SENTENCES = {
-    "fig01_overview": "One question of each task, answered by base, expert and merged model.",
+    "fig01_overview": "The idea, and two questions of each task, drawn at random, with answers.",
     "fig02a_magnitudes": "Density of the task vectors' entries: most are small, with a long tail.",
     "fig02b_magnitudes": "Density of the task vectors' entries: most are small, with a long tail.",
     "fig02c_layer_norms": "How far each expert moved, layer by layer, by the layer's parameters.",
