@@ -48,6 +48,20 @@ HUB = {
             "multi_modal_projector.linear_1.weight": (896, 4096),
         },
     ),
+    ("Qwen/Qwen2-Audio-7B", "qwen2_audio"): (
+        {
+            "language_model.model.layers.31.self_attn.q_proj.weight": (4096, 4096),
+            "language_model.model.layers.31.mlp.down_proj.weight": (4096, 11008),
+        },
+        {
+            "language_model.model.layers.31.self_attn.q_proj.bias": (4096,),
+            "language_model.model.embed_tokens.weight": (156032, 4096),
+            "language_model.lm_head.weight": (156032, 4096),
+            "audio_tower.layers.0.self_attn.q_proj.weight": (1280, 1280),
+            "audio_tower.layers.0.fc1.weight": (5120, 1280),
+            "multi_modal_projector.linear.weight": (4096, 1280),
+        },
+    ),
     ("Qwen/Qwen2-VL-7B", "qwen2_vl"): (
         {
             "model.layers.27.self_attn.q_proj.weight": (3584, 3584),

@@ -1,13 +1,16 @@
-"""Families with rules of their own, tiny: configs of the real classes, and a picture for each."""
+"""Families with rules of their own, tiny: the real classes' configs, a picture or a sound each."""
 
+from copy import deepcopy
 from typing import NamedTuple
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoModel, Gemma3nVisionConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 IMAGE, AUDIO_TOKEN = 5, 6
+AUDIO_START, AUDIO_END = 10, 11
 TEXT = {
     "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
     "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "bos_token_id": 0,
@@ -45,6 +48,10 @@ PATCHES = {
     "image_grid_thw": torch.tensor([[1, 2, 2]]),
     "mm_token_type_ids": torch.tensor([[1, 0, 0]]),
 }
+WAVES = torch.sin(torch.arange(320) / 3).view(1, 40, 8)  # frames × bins
+MEL = {"input_features": WAVES.mT, "feature_attention_mask": torch.ones(1, 40, dtype=torch.long)}
+GEMMA_SOUND = {"input_features_mask": torch.ones(1, 16, dtype=torch.bool)}
+FOUR_SOUNDS = {"mm_token_type_ids": torch.zeros(1, 8, dtype=torch.long)}
 TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention"], "global_head_dim": 8}
 LINEAR_ATTENTION = {
     "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
@@ -83,6 +90,8 @@ class Family(NamedTuple):
     """modules whose linear layers merge too with the scope "speech" """
     model_type: str = ""
     """where it is not the entry's name"""
+    sound: tuple[int, dict] = (0, {})
+    """placeholders of one sound in the prompt, and what `forward` takes of it"""
 
 
 class Tower(PreTrainedModel):
@@ -108,8 +117,8 @@ def thinker(text: dict) -> dict:
         "text_config": text | ROPE,
         "vision_config": QWEN_VISION,
         "audio_config": WHISPER,
-        "audio_start_token_id": 10,
-        "audio_end_token_id": 11,
+        "audio_start_token_id": AUDIO_START,
+        "audio_end_token_id": AUDIO_END,
     }
 
 
@@ -147,7 +156,7 @@ FAMILIES = {
         },
     ),
     "qwen2_5_omni_thinker": Family(
-        "Qwen2_5OmniThinkerForConditionalGeneration", thinker(TEXT), 1, PATCHES
+        "Qwen2_5OmniThinkerForConditionalGeneration", thinker(TEXT), 1, PATCHES, sound=(10, MEL)
     ),
     "qwen2_5_omni": Family(
         "Qwen2_5OmniForConditionalGeneration",
@@ -169,9 +178,10 @@ FAMILIES = {
         },
         1, PATCHES, "thinker.model.language_model",
         ("talker.model.layers", "token2wav.code2wav_dit_model.transformer_blocks"),
+        sound=(10, MEL),
     ),
     "qwen3_omni_moe_thinker": Family(
-        "Qwen3OmniMoeThinkerForConditionalGeneration", thinker(MIXTURE), 1, PATCHES
+        "Qwen3OmniMoeThinkerForConditionalGeneration", thinker(MIXTURE), 1, PATCHES, sound=(5, MEL)
     ),
     "qwen3_omni_moe": Family(
         "Qwen3OmniMoeForConditionalGeneration",
@@ -192,11 +202,13 @@ FAMILIES = {
             "talker.model.layers", "talker.code_predictor.model.layers",
             "code2wav.pre_transformer.layers",
         ),
+        sound=(5, MEL),
     ),
     "gemma3n": Family(
         "Gemma3nForConditionalGeneration",
         TOKENS | {
             "text_config": GEMMA3N, "vision_soft_tokens_per_image": 4,
+            "audio_soft_tokens_per_image": 4,
             "vision_config": {"hidden_size": 16, "vocab_size": 4, "vocab_offset": 56},
             "audio_config": {
                 "hidden_size": 16, "conf_num_attention_heads": 2, "conf_num_hidden_layers": 1,
@@ -204,7 +216,7 @@ FAMILIES = {
                 "vocab_offset": 60,
             },
         },
-        4, {"pixel_values": PIXELS},
+        4, {"pixel_values": PIXELS}, sound=(4, GEMMA_SOUND | {"input_features": WAVES[:, :16]}),
     ),
     "gemma3n_text": Family("Gemma3nForCausalLM", GEMMA3N),
     "gemma4": Family(
@@ -217,6 +229,7 @@ FAMILIES = {
             },
         },
         1, GEMMA_PIXELS,
+        sound=(4, GEMMA_SOUND | FOUR_SOUNDS | {"input_features": WAVES[:, :16, :4]}),
     ),
     "gemma4, a mixture": Family(
         "Gemma4ForConditionalGeneration",
@@ -238,6 +251,10 @@ FAMILIES = {
                 "patch_size": 4, "pooling_kernel_size": 2, "mm_embed_dim": 16, "mm_posemb_size": 4,
             },
         },
+        sound=(4, FOUR_SOUNDS | {
+            "input_features": WAVES[:, :4],
+            "input_features_mask": torch.ones(1, 4, dtype=torch.bool),
+        }),
     ),
     "llama4": Family(
         "Llama4ForConditionalGeneration",
@@ -295,11 +312,22 @@ FAMILIES = {
             "audio_config": {
                 "hidden_size": 16, "intermediate_size": 24, "num_blocks": 1,
                 "num_attention_heads": 2, "ext_pw_out_channel": 16, "nemo_conv_channels": 4,
-                "nemo_final_size": 4, "input_size": 8, "conv_expansion": 1,
-                "depthwise_separable_out_channel": 16,
+                "nemo_final_size": 1, "input_size": 8, "conv_expansion": 1,
+                "depthwise_separable_out_channel": 16, "audio_token_id": AUDIO_TOKEN,
             },
         },
         language="model.layers",
+        sound=(2, {
+            "audio_input_features": WAVES[:, :16], "audio_embed_sizes": torch.tensor([2]),
+        }),
+    ),
+    "qwen2_audio": Family(
+        "Qwen2AudioForConditionalGeneration",
+        {
+            "text_config": TEXT | {"model_type": "qwen2"}, "audio_token_index": AUDIO_TOKEN,
+            "audio_config": WHISPER,
+        },
+        sound=(10, MEL),
     ),
     "nemotron_h": Family(
         "NemotronHForCausalLM",
@@ -321,3 +349,29 @@ FAMILIES = {
         1, {"pixel_values": PIXELS[None]},
     ),
 }  # fmt: skip
+
+
+def class_of(family: Family) -> type[PreTrainedModel]:
+    return getattr(transformers, family.model)
+
+
+def build(name: str, seed: int = 0) -> PreTrainedModel:
+    """The tiny model; from its seed 0 all parameters of another seed are moved, a tower's too."""
+    cls = class_of(FAMILIES[name])
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        config = deepcopy(FAMILIES[name].config)  # which some config classes add to
+        model = cls(cls.config_class(**config)).eval()
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+        torch.manual_seed(seed)
+        for parameter in model.parameters() if seed else ():
+            parameter += 0.01 * torch.randn_like(parameter)
+    return model
+
+
+def save(model: PreTrainedModel, folder, original: bool = True):
+    model.save_pretrained(folder, save_original_format=original)
+    if model.config.model_type == "qwen2_5_omni":  # its class opens no folder without voices
+        torch.save({}, folder / "spk_dict.pt")
+    return folder

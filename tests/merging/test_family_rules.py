@@ -1,4 +1,4 @@
-"""Each of these families' real class, tiny: saved, merged, opened again, and asked.
+"""Each of these families' real class, tiny: saved, merged, opened again, and asked, by sound too.
 
 What merges is counted against the tree of modules: every linear layer of the language model, and
 nothing else. Configs are in `tiny_families.py`.
@@ -6,15 +6,23 @@ nothing else. Configs are in `tiny_families.py`.
 
 import re
 import warnings
-from copy import deepcopy
 from operator import attrgetter
 
 import pytest
 import torch
-import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_families import FAMILIES, IMAGE, Family
+from tiny_families import (
+    AUDIO_END,
+    AUDIO_START,
+    AUDIO_TOKEN,
+    FAMILIES,
+    IMAGE,
+    Family,
+    build,
+    class_of,
+    save,
+)
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -25,32 +33,6 @@ from optmerge_core.merging.merge import merge
 
 OMNI = [name for name, family in FAMILIES.items() if family.speech]
 WEIGHTS = "model.safetensors"
-
-
-def class_of(family: Family) -> type[PreTrainedModel]:
-    return getattr(transformers, family.model)
-
-
-def build(name: str, seed: int = 0) -> PreTrainedModel:
-    """The tiny model; from its seed 0 all parameters of another seed are moved, a tower's too."""
-    cls = class_of(FAMILIES[name])
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
-        config = deepcopy(FAMILIES[name].config)  # which some config classes add to
-        model = cls(cls.config_class(**config)).eval()
-        for parameter in model.parameters():
-            parameter.normal_(std=0.1)
-        torch.manual_seed(seed)
-        for parameter in model.parameters() if seed else ():
-            parameter += 0.01 * torch.randn_like(parameter)
-    return model
-
-
-def save(model: PreTrainedModel, folder, original: bool = True):
-    model.save_pretrained(folder, save_original_format=original)
-    if model.config.model_type == "qwen2_5_omni":  # its class opens no folder without voices
-        torch.save({}, folder / "spk_dict.pt")
-    return folder
 
 
 def linear_parameters(model: PreTrainedModel, family: Family, speech: bool = False) -> set[str]:
@@ -79,6 +61,16 @@ def answer(model: PreTrainedModel, family: Family) -> torch.Tensor:
         return getattr(model, "thinker", model)(**inputs).logits
 
 
+def answer_to_sound(model: PreTrainedModel, family: Family, sign: float = 1.0) -> torch.Tensor:
+    """Logits of the last token after a sound, the family's, or that with the other sign."""
+    count, inputs = family.sound
+    ids = torch.tensor([[AUDIO_START, *[AUDIO_TOKEN] * count, AUDIO_END, 20, 21]])
+    inputs = {k: sign * x if x.is_floating_point() else x for k, x in inputs.items()}
+    with torch.no_grad():
+        model = getattr(model, "thinker", model)
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs).logits[0, -1]
+
+
 def check(name: str, model: PreTrainedModel, experts: list, out, report, speech: bool) -> None:
     """By hand: base + (ocr - base) + (chart - base) in every linear layer, else the base's."""
     family, cls = FAMILIES[name], class_of(FAMILIES[name])
@@ -104,6 +96,12 @@ def check(name: str, model: PreTrainedModel, experts: list, out, report, speech:
     entries = sum(base[own].numel() for own in changed)
     assert entries == sum(start[own].numel() for own in linear)
     assert torch.isfinite(answer(again.eval(), family)).all()
+    if family.sound[0]:
+        heard = answer_to_sound(again, family)
+        assert torch.isfinite(heard).all() and not torch.equal(
+            heard, answer_to_sound(model, family)
+        )
+        assert not torch.equal(heard, answer_to_sound(again, family, sign=-1.0))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
