@@ -1,25 +1,18 @@
 """A merged model opened and tried: one prompt, its logits, an answer, and the adapters it is of."""
 
 import inspect
-import re
 import warnings
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
+from tqdm.auto import tqdm
 
-from optmerge_core.checkpoints import URL
 from optmerge_core.checkpoints.formats import dtype_name
-from optmerge_core.checkpoints.open import open_checkpoint, open_expert
 from optmerge_core.errors import extra
 from optmerge_core.evaluation import chat
-from optmerge_core.merging.checks import with_preset
-from optmerge_core.merging.merge_adapters import merge_adapters
+from optmerge_core.evaluation.compared import compare, language_part
 from optmerge_core.merging.processor import has_tokens
-from optmerge_core.merging.report import pinned
-from optmerge_core.merging.spaces import check_possible
 from optmerge_core.merging.templates import (
     QUESTION,
     TEXT,
@@ -30,42 +23,45 @@ from optmerge_core.merging.templates import (
 
 with extra("models"):
     import transformers
-    from peft import PeftModel
     from PIL import Image, ImageDraw
     from transformers import AutoTokenizer
 
-    from optmerge_core.evaluation.placed import placed
-
+REMOTE = "transformers_modules."  # of classes that are Python code of a folder
 SIDE = 224  # pixels of the picture at most: what counts is that there is one
 NEW_TOKENS = 8
-ADAPTER = re.compile("adapter_model")
-TOLERANCE = 4, 1e-3
-"""Of the difference to the adapters: times what rounding does, and of what they change at all. Both
-round the same weights, but where float32 falls on either side; iterations end 1e-4 apart."""
 PROCESSOR = "take an expert's processor (processor, --processor)"
 
 
 def run(check, weights, report, device, trust_remote_code=False, model_class=None):
     """Fill in a `Check` of a merged folder, opened as `weights`; report: its merge_report.json."""
-    with _quiet():
-        model = _opened(check, weights, device, trust_remote_code, model_class)
-        if model is None:
+    with _quiet(), tqdm(total=4, desc="checking", unit="step", leave=False) as progress:
+        progress.set_postfix_str("opening the merged model")
+        whole = _opened(check, weights, device, trust_remote_code, model_class)
+        if whole is None:
             return
+        _advance(progress, "asking it")
+        kind, model = type(whole), language_part(whole)
         inputs, decode = _prompt(check, weights, model, trust_remote_code)
         logits = _logits(check, model, inputs)
         if not check.logits_finite:
             check.not_checked.append("a greedy answer, for want of logits")
             return
+        _advance(progress, "answering")
         _answer(check, model, inputs, decode)
-        kind = type(model)
-        del model
+        del whole, model
+        _advance(progress, "comparing it with the adapters it is of")
         if report.get("added_tokens") is not None:  # an Omni model's
             check.not_checked.append("prompts but of text, which the specialists' processors make")
             return
         try:
-            _compare(check, report, kind, inputs, logits)
+            compare(check, report, kind, inputs, logits)
         except (ValueError, OSError, RuntimeError, UserWarning) as error:
             check.not_checked.append(f"the adapters applied to the base: {_reason(error)}")
+
+
+def _advance(progress, now):
+    progress.update()
+    progress.set_postfix_str(now)
 
 
 @contextmanager
@@ -100,19 +96,31 @@ def _opened(check, weights, device, trust_remote_code, model_class):
             )
             return None
         kind, options = getattr(transformers, own[0]), {"trust_remote_code": True}
+    plain, info = transformers.PreTrainedModel, {"missing_keys": []}
+    # Qwen2.5-Omni's own from_pretrained cannot tell what is missing.
+    tells = not issubclass(kind, plain) or (
+        kind.from_pretrained.__func__ is plain.from_pretrained.__func__
+    )
     try:
-        model, info = kind.from_pretrained(
-            weights.folder, dtype="auto", output_loading_info=True, **options
-        )
+        options |= {"output_loading_info": True} if tells else {}
+        model = kind.from_pretrained(weights.folder, dtype="auto", **options)
+        model, info = model if tells else (model, info)
     except ImportError as error:
         check.not_checked.append(f"the model, whose class {name} needs more ({_reason(error)})")
         return None
     except Exception as error:  # of any type: the class decides
+        cause = (
+            "its Python code is for another version of transformers than "
+            f"{transformers.__version__}: open it with the one that its card names"
+            if "trust_remote_code" in options
+            else "config.json is not that of these weights: give the base model's whole folder"
+        )
         check.failed.append(
-            f"the folder does not open as {name} ({_reason(error)}), probably since config.json is "
-            "not that of these weights: give the base model's whole folder"
+            f"the folder does not open as {name} ({_reason(error)}), probably since {cause}"
         )
         return None
+    if not tells:
+        check.not_checked.append(f"whether parameters are missing, which {name} does not tell")
     if missing := sorted(info["missing_keys"]):
         check.failed.append(
             f"{len(missing)} parameters of {name} are in no file ({missing[0]}) and would be drawn "
@@ -129,8 +137,11 @@ def _prompt(check, weights, model, trust_remote_code):
 
     Without a tokenizer a few of its tokens.
     """
-    folder, inputs, tokenizer = weights.folder, None, None
-    if pictures := takes_pictures(weights.config(), folder):
+    folder, config, inputs, tokenizer = weights.folder, weights.config(), None, None
+    if config.get("thinker_config") or config.get("audio_config"):
+        unasked = "pictures and sound" if "thinker_config" in config else "sound"
+        check.not_checked.append(f"prompts of {unasked}")
+    if pictures := takes_pictures(config, folder):
         try:
             processor = chat.load_processor(folder, trust_remote_code)
             tokenizer = processor.tokenizer
@@ -219,6 +230,12 @@ def _logits(check, model, inputs):
     try:
         logits = getattr(model(**inputs), "logits", None)
     except Exception as error:  # of any type: the class decides
+        if type(model).__module__.startswith(REMOTE):
+            check.not_checked.append(
+                f"logits: {check.model_class}, the folder's own code, takes more than a prompt "
+                f"({_reason(error)})"
+            )
+            return None
         check.failed.append(
             f"the model computes nothing of the prompt ({_reason(error)}), probably since the "
             f"processor is another model's, or its tokens are: {PROCESSOR}"
@@ -254,61 +271,6 @@ def _answer(check, model, inputs, decode):
         )
         return
     check.answer = decode(tokens[0, inputs["input_ids"].shape[1] :])
-
-
-def _compare(check, report, kind, inputs, logits):
-    """The adapters that were merged, as one adapter on the base, beside the folder's logits.
-
-    Only where all experts are adapters. Raises `ValueError` where that has no such adapter.
-    """
-    experts = report.get("experts", {})
-    if not experts or not all(any(map(ADAPTER.match, x["sha256"])) for x in experts.values()):
-        return
-    places = {name: pinned(item) for name, item in experts.items()}
-    if streamed := [x for x in (*places.values(), pinned(report["base_model"])) if URL.match(x)]:
-        raise ValueError(f"{streamed[0]} was streamed, and is not read again")
-    method = report["method"]
-    options = with_preset(method, report["method_options"], "full")
-    check_possible(method, options)
-    base = open_checkpoint(pinned(report["base_model"]))
-    merged = {record["name"] for record in report["parameters"]}
-    for name, place in places.items():
-        if outside := sorted(set(open_expert(place, base).changes or ()) - merged):
-            raise ValueError(f"expert {name} adapts what did not merge ({outside[0]})")
-    with TemporaryDirectory() as folder:
-        adapter = merge_adapters(
-            places, Path(folder, "adapter"), method=method, method_options=options,
-            scaling_coefficient=report["scaling_coefficient"], base_model=base.folder,
-        )  # fmt: skip
-        applied, plain, rounded = _applied(adapter, base.folder, kind, check.dtype, inputs)
-    difference, rounding, change = (
-        float((x - applied).norm() / applied.norm()) for x in (logits, rounded, plain)
-    )
-    check.adapter_difference, check.adapter_rounding = difference, rounding
-    if not difference <= TOLERANCE[0] * rounding + TOLERANCE[1] * change:
-        check.failed.append(
-            f"the adapters on the base give other logits than the folder ({difference:.1e} of "
-            f"their norm; rounding makes {rounding:.1e}), probably since PEFT reads their alpha, "
-            "rank or modules otherwise: compare with merge_and_unload() of each"
-        )
-
-
-def _applied(adapter, base_folder, kind, dtype, inputs):
-    """Logits on the CPU: of base and adapter, of the base, of the base with the adapter merged."""
-    model = kind.from_pretrained(base_folder, dtype=getattr(torch, dtype)).eval()
-    model = model.to(inputs["input_ids"].device)
-    paths = placed(open_checkpoint(adapter, adapter=True), model)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "Found missing adapter keys")
-        adapted = PeftModel.from_pretrained(model, adapter, **paths)
-
-    def logits_of(model):
-        return model(**inputs).logits[0].float().cpu()
-
-    applied = logits_of(adapted)
-    with adapted.disable_adapter():
-        plain = logits_of(adapted)
-    return applied, plain, logits_of(adapted.merge_and_unload())
 
 
 def _reason(error, most=200):

@@ -11,7 +11,9 @@ import pytest
 import torch
 import yaml
 from lora import make_lora_family
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny_families import FAMILIES, build, save
 from transformers import Qwen2ForCausalLM
 
 from optmerge_core import check_merged, merge
@@ -255,6 +257,28 @@ def test_a_folders_own_code_is_not_run(broken):
     assert check.not_checked == ["the model, whose class Mine is not one of transformers"]
 
 
+@pytest.mark.parametrize("name", ["qwen2_5_omni", "qwen3_omni_moe"])
+def test_what_also_speaks_is_asked_by_its_thinker(tmp_path, name):
+    """The whole has no logits; and Qwen2.5-Omni's way to open cannot say what was missing."""
+    base, model, expert = save(build(name), tmp_path / "base"), build(name, 1), tmp_path / "expert"
+    if name == "qwen2_5_omni":  # of a mixture PEFT would adapt more than was asked for
+        modules = LoraConfig(target_modules=r"thinker.*language_model.*q_proj")
+        model = get_peft_model(build(name), modules)
+        for own, parameter in model.named_parameters():
+            if "lora_B" in own:
+                parameter.data.fill_(0.1)
+    model.save_pretrained(expert)
+    merge(base, {"a": expert}, tmp_path / "out", method="task_arithmetic")
+    check = check_merged(tmp_path / "out", device="cpu")
+    assert check.failed == [] and check.logits_finite
+    assert check.model_class == FAMILIES[name].model
+    if name == "qwen2_5_omni":
+        assert check.adapter_difference < 1e-5
+    said = " ".join(check.not_checked)
+    assert "prompts of pictures and sound" in said
+    assert ("whether parameters are missing" in said) == (name == "qwen2_5_omni")
+
+
 def test_an_answer_is_no_markup(broken):
     check = checking.Check(model_class="M", answer="<b>[x](y)\n## Load\n`z`|")
     checking.record(broken, check)
@@ -278,6 +302,7 @@ def test_the_command_checks_unless_told_not_to(recipe, tmp_path, capsys):
     assert main(command) == 0
     said = capsys.readouterr()
     assert "Seen to work: the folder opens as Qwen2ForCausalLM (float16, " in said.out
+    assert "opening the merged model" in said.err and "answering" in said.err
     assert "Not checked: prompts and answers in words: the folder has no tok" in said.out
     assert main([*command, "--no-check"]) == 0
     assert (
