@@ -2,7 +2,7 @@
 
 FP8 as transformers' `FineGrainedFP8Config` and DeepSeek-V3 store it: beside a weight in 8 bits lies
 `<weight>_scale_inv`, one number for each block of rows and columns (or one for all), by which the
-block is multiplied.
+block is multiplied. What merges of it is float32, and so is the output where no dtype is given.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from optmerge_core.checkpoints.weights import Renamed, Weights
 
 SETTINGS = "quantization_config"
 SCALE, ACTIVATION = "_scale_inv", "activation_scale"
+_OPENED = "dequantise it, AutoModelForImageTextToText.from_pretrained(FOLDER{})"
+_BY_CONFIG = _OPENED.format(", quantization_config={}Config(dequantize=True)")
 REMEDY = {
-    "bitsandbytes": "dequantise it, AutoModelForImageTextToText.from_pretrained(FOLDER)"
-    ".dequantize().save_pretrained(OTHER), or better, take the model that it was made from",
+    "bitsandbytes": f"{_OPENED.format('')}.dequantize()",
+    "compressed-tensors": _BY_CONFIG.format("CompressedTensors"),
+    "mxfp4": _BY_CONFIG.format("Mxfp4"),  # as gpt-oss is published
 }
 """Method -> what to do about it; of others, take the model that was quantised."""
 
@@ -83,5 +86,7 @@ def dequantised(weights: Weights) -> Weights:
     method = settings.get("quant_method")
     if method == "fp8":
         return Dequantised(weights, settings)
-    remedy = REMEDY.get(str(method), "take the model that it was made from, as its card says")
+    remedy = "take the model that it was made from, as its card says"
+    if str(method) in REMEDY:
+        remedy = f"{REMEDY[str(method)]}.save_pretrained(OTHER), or better, {remedy}"
     raise CheckpointError(f"{weights.folder}: quantised by {method}; {remedy}")
