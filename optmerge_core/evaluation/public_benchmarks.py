@@ -114,8 +114,13 @@ WRAPPERS: dict[str, tuple[str, dict[str, Any], str | None, dict[str, Any]]] = {
     "llava": ("llava_hf", {}, None, {}),
     "llava_next": ("llava_hf", {}, "LLaVA_Next", {}),
     "llava_onevision": ("llava_hf", {}, "LLaVA_OneVision_HF", {}),
+    "qwen2_5_omni": ("qwen2_5_omni", {}, "Qwen2VLChat", _QWEN),
+    "qwen3_omni_moe": ("qwen3_omni", {}, None, {}),
 }
 """model_type -> lmms-eval's model and its arguments, VLMEvalKit's class (None: not verified)."""
+
+OMNI = "optmerge_omni"
+"""the model type of a composed model, as `omni.model` has it"""
 
 _TEXT = """# {name} on the benchmarks of the paper's Table {table}
 
@@ -212,6 +217,12 @@ def _merged_model(model: str | Path) -> tuple[Path, str]:
             f"{folder}: lmms-eval splits its arguments at commas and equals signs; rename it"
         )
     model_type = read_json(folder / "config.json").get("model_type")
+    if model_type == OMNI:
+        raise ValueError(
+            f"{model}: an Omni model, whose class is this package's: neither toolkit loads it, nor "
+            "has MUSIC-AVQA and AVQA of the paper's Table 5, for which the authors ran "
+            "ModelCompose's scripts; ask it by generate(modality_inputs=…), as in README.md"
+        )
     if model_type not in WRAPPERS:
         raise ValueError(
             f"{model}: no toolkit is known to load model type {model_type!r}, only "
@@ -276,6 +287,8 @@ def _check_name(folder: Path, model_type: str) -> None:
         wrong = (
             "for Qwen2.5-VL it has to contain 'qwen2_5' and not 'omni': rename it or make a link"
         )
+    elif model_type == "qwen2_5_omni" and "omni" not in marks:
+        wrong = "for Qwen2.5-Omni it has to contain 'omni': rename it or make a link"
     else:
         return
     warnings.warn(

@@ -42,6 +42,11 @@ SETTINGS: dict[str, dict[str, tuple[str, str, str]]] = {
         "lmms-eval": ("the checkpoint's", _DEFAULT, "the processor's"),
         "VLMEvalKit": (UNKNOWN, UNKNOWN, UNKNOWN),
     },
+    "qwen2_5_omni": {
+        "lmms-eval": ("the checkpoint's", "eager", "as Qwen/Qwen2.5-Omni-7B's processor has them"),
+        "VLMEvalKit": ("the checkpoint's", _FLASH, _PIXELS),
+    },
+    "qwen3_omni_moe": {"lmms-eval": ("the checkpoint's", _FLASH, "the processor's")},
 }  # fmt: skip
 """model_type -> toolkit -> dtype, attention, what becomes of images, if nothing else is said."""
 PIXELS = {

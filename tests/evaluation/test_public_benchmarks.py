@@ -11,6 +11,7 @@ from optmerge_core.evaluation import toolkits
 from optmerge_core.evaluation.public_benchmarks import (
     BENCHMARKS,
     NOTES,
+    OMNI,
     TABLES,
     WRAPPERS,
     columns,
@@ -124,6 +125,26 @@ def test_every_model_and_benchmark_has_its_way_of_asking():
     assert asked <= BENCHMARKS.keys()
 
 
+def test_commands_for_an_omni_model_of_the_hub(tmp_path):
+    folder = model(tmp_path / "omni", "qwen2_5_omni")
+    files = hand_off(folder)
+    lmms = arguments(files["lmms_eval.sh"])
+    assert lmms["--model"] == "qwen2_5_omni" and lmms["--model_args"] == f"pretrained={folder}"
+    config = json.loads(files["vlmevalkit.json"])["model"]["omni"]
+    assert config["class"] == "Qwen2VLChat" and config["max_pixels"] == 1280 * 28 * 28
+    text = files["benchmarks.md"]
+    assert "| attention | eager | FlashAttention 2 |" in text and "Qwen2.5-Omni-7B's proc" in text
+    third = hand_off(model(tmp_path / "three", "qwen3_omni_moe"))
+    assert arguments(third["lmms_eval.sh"])["--model"] == "qwen3_omni"
+    assert "vlmevalkit.sh" not in third
+
+
+def test_a_composed_models_type_is_known():
+    from optmerge_core.omni import OmniConfig
+
+    assert OmniConfig.model_type == OMNI
+
+
 def test_a_model_that_one_toolkit_lacks(tmp_path):
     files = hand_off(model(tmp_path / "merged", "internvl"))
     assert set(files) == {"benchmarks.md", "lmms_eval.sh"}
@@ -138,6 +159,7 @@ def test_a_model_that_one_toolkit_lacks(tmp_path):
         ("merged_2.5", "qwen2_vl", "'2.5' in it means another model"),
         ("omni", "qwen2_vl", "'omni' in it means another model"),
         ("merged", "qwen2_5_vl", "has to contain 'qwen2_5'"),
+        ("qwen2_5", "qwen2_5_omni", "for Qwen2.5-Omni it has to contain 'omni'"),
     ],
 )
 def test_paths_that_mislead_vlmevalkit_are_a_notice(tmp_path, name, model_type, text):
@@ -152,6 +174,7 @@ def test_paths_that_mislead_vlmevalkit_are_a_notice(tmp_path, name, model_type, 
         ("a,b", "qwen2_vl", "commas and equals signs"),
         ("a=b", "qwen2_vl", "commas and equals signs"),
         ("text", "llama", "no toolkit is known to load model type 'llama'"),
+        ("composed", OMNI, "an Omni model, whose class is this package's: neither toolkit loads"),
     ],
 )
 def test_refusals(tmp_path, name, model_type, text):
