@@ -166,9 +166,11 @@ def run_command(options: argparse.Namespace) -> None:
     if options.output is None:
         raise ValueError("--sweep: give --output DIR, the folder of its table")
     from optmerge_core.study.recipe import load_recipe
+    from optmerge_core.study.side_files import check_askable
 
-    for path in options.recipe:
-        load_recipe(path)
+    for recipe in map(load_recipe, options.recipe):
+        if recipe.evaluation.data is not None and recipe.merges == "capabilities":
+            check_askable(recipe)
     from optmerge_core.study.sweep import parse_axes, show, sweep
 
     axes = parse_axes(options.sweep)

@@ -60,12 +60,14 @@ def learn_recipe(recipe: Recipe, options: Namespace, evaluator_for: Callable[...
     from optmerge_core.evaluation.expert_merging import learn
     from optmerge_core.evaluation.questions import load_unlabelled
     from optmerge_core.study.open import open_study
+    from optmerge_core.study.side_files import check_askable
 
     settings, data = _settings(options.set), options.data
     if data is None and recipe.evaluation.data is None:
         raise ValueError("--data: name a folder with EXPERT.parquet; the recipe has no questions")
     folder = Path(recipe.evaluation.data or "", "validation") if data is None else Path(data)
     questions = load_unlabelled(folder, list(recipe.experts), options.samples)
+    check_askable(recipe)
     study = open_study(recipe)
     trust = {"trust_remote_code": recipe.trust_remote_code}
     evaluator = evaluator_for(

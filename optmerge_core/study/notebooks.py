@@ -23,6 +23,7 @@ from optmerge_core.study.agreement import agreement, committed, keep
 from optmerge_core.study.index_page import write_contents, write_index
 from optmerge_core.study.notebook_page import read_notebook
 from optmerge_core.study.recipe import load_recipe
+from optmerge_core.study.side_files import check_askable
 
 
 class NotebookError(ChildProcessError):
@@ -140,6 +141,8 @@ def _studies(recipe_paths: Sequence[str | Path]) -> dict[str, tuple[Path, str]]:
                 "data/benchmark/questions or your own as in README.md; `inspect`, `merge` and "
                 "`run --sweep` need none"
             )
+        if recipe.merges == "capabilities":
+            check_askable(recipe)
         studies[name] = path.resolve(), recipe.merges
     return studies
 

@@ -12,11 +12,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from optmerge_core.checkpoints import HUB_ID, URL
-from optmerge_core.checkpoints.formats import parse_hub_id
+from optmerge_core.checkpoints import HUB_ID
 from optmerge_core.checkpoints.writer import check_output
 from optmerge_core.merging.licences import (
     BASE,
@@ -27,6 +25,7 @@ from optmerge_core.merging.licences import (
     name_of,
     read_licence,
 )
+from optmerge_core.study.side_files import side_files
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -199,33 +198,8 @@ def push_of(options: Namespace, recipe: Recipe) -> Push | None:
 
 def licence_at(location: str) -> Licence:
     """Of a folder, hub id or URL, by its card alone. `CheckpointError` if the hub has no such."""
-    folder = Path(location).expanduser()
-    if folder.is_dir():
+    with side_files(location, "README.md") as folder:
         return read_licence(folder)
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-    from huggingface_hub.utils import httpx
-
-    from optmerge_core.checkpoints.http import NotThere, RemoteFile
-    from optmerge_core.checkpoints.remote import hub_error
-
-    if URL.fullmatch(location):
-        with TemporaryDirectory() as fetched:
-            try:
-                content = RemoteFile(f"{location.rstrip('/')}/README.md").fetch()
-            except NotThere:
-                return {}
-            Path(fetched, "README.md").write_bytes(content)
-            return read_licence(Path(fetched))
-    repository, revision = parse_hub_id(location)
-    try:
-        return read_licence(
-            Path(hf_hub_download(repository, "README.md", revision=revision)).parent
-        )
-    except EntryNotFoundError:
-        return {}
-    except (OSError, ValueError, httpx.HTTPError) as error:
-        raise hub_error(repository, revision, error) from error
 
 
 def _first_line(error: Exception) -> str:
