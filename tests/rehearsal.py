@@ -1,12 +1,13 @@
 """The repositories of the paper's studies in miniature, for a stand-in hub (hub.py).
 
-Ids are those of data/recipes/paper_table*.yaml. The layout is theirs as far as it is known here:
-tensor names as transformers' conversion tables (conversion_mapping.py) and classes take them from
-the published files, and as the modules of InternVL2.5's own code are called; config.json flat or
-nested as transformers 4 wrote it; several shards with an index, and pickles for Vicuna. Sizes,
-words and weights are ours, so are the Python files (a stub), and numbers of shards where nothing
-is known. Vicuna's tokenizer is tokenizer.model alone, which needs sentencepiece: here it is
-tokenizer.json.
+Those of Qwen models are in rehearsal_qwen.py. Ids are those of data/recipes/paper_table*.yaml. The
+layout is theirs as far as it is known here: tensor names as transformers' conversion tables
+(conversion_mapping.py) and classes take them from the published files, and as the modules of
+InternVL2.5's own code are called; config.json flat or nested as transformers 4 wrote it; several
+shards with an index, and pickles for Vicuna. Sizes, words and weights are ours, and numbers of
+shards where nothing is known. So are the Python files, a stub of InternVL2.5's: the same modules,
+`chat`, and no `post_init`, which is missing there too, so that transformers 5 does not open it.
+Vicuna's tokenizer is tokenizer.model alone, which needs sentencepiece: here it is tokenizer.json.
 """
 
 from __future__ import annotations
@@ -19,35 +20,28 @@ import torch
 from safetensors.torch import save_file
 from specialists import VISION, WORDS, save_tokenizer
 from transformers import (
-    AddedToken,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
     VideoLlavaConfig,
     VideoLlavaForConditionalGeneration,
 )
-
-from optmerge_core.benchmark.models.tokenizer import PIECES, word_level
 
 TASKS = ("OCR", "VQA", "Geometry", "Chart", "Grounding")
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
 }  # fmt: skip
-QWEN_NAMES = {r"model\.language_model\.": "model.", r"model\.visual\.": "visual."}
-"""of a name in memory its beginning -> what the published files have"""
 LLAVA_NAMES = {
     r"lm_head\.": "language_model.lm_head.",
     r"model\.language_model\.": "language_model.model.",
     r"model\.(\w+_tower)\.": r"\1.vision_model.",
     r"model\.multi_modal_projector\.": "multi_modal_projector.",
 }
+"""of a name in memory its beginning -> what the published files have"""
 LINEAR = re.compile(r".*\blayers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.\w+_proj)\.weight")
 
 
@@ -80,16 +74,20 @@ def save_shards(tensors: dict, folder: Path, files: int, pickled: bool = False) 
         (folder / f"{stem}{suffix}.index.json").write_text(json.dumps(index))
 
 
+def linear_layers(state: dict) -> list[str]:
+    """Names of the language model's, as published."""
+    return [n for n in state if LINEAR.fullmatch(n) and "vision" not in n and "tower" not in n]
+
+
 def fine_tuned(base: dict, seed: int, rank: int | None) -> dict:
     """A copy whose linear layers of the language model have moved, by full or low rank."""
     generator, expert = torch.Generator().manual_seed(seed), dict(base)
-    for name, tensor in base.items():
-        if LINEAR.fullmatch(name) and "vision" not in name and "tower" not in name:
-            m, n = tensor.shape
-            change = torch.randn(m, rank or n, generator=generator)
-            if rank:
-                change = change @ torch.randn(rank, n, generator=generator) / rank**0.5
-            expert[name] = (tensor.float() + 0.002 * change).to(tensor.dtype)
+    for name in linear_layers(base):
+        m, n = base[name].shape
+        change = torch.randn(m, rank or n, generator=generator)
+        if rank:
+            change = change @ torch.randn(rank, n, generator=generator) / rank**0.5
+        expert[name] = (base[name].float() + 0.002 * change).to(base[name].dtype)
     return expert
 
 
@@ -111,14 +109,59 @@ class InternVLChatConfig(PreTrainedConfig):
     model_type = "internvl_chat"
 """,
     "modeling_internvl_chat__py": """
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from .configuration_internvl_chat import InternVLChatConfig
-from .conversation import template
+from .conversation import get_conv_template
+from .modeling_intern_vit import InternVisionModel
 
 class InternVLChatModel(PreTrainedModel):
     config_class = InternVLChatConfig
+    _no_split_modules = ["InternVisionModel", "Qwen2DecoderLayer"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.vision_model = InternVisionModel(16)
+        self.language_model = Qwen2ForCausalLM(Qwen2Config(**config.llm_config))
+        parts = nn.LayerNorm(64), nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 32)
+        self.mlp1 = nn.Sequential(*parts)
+        self.template = get_conv_template(config.template)
+
+    def forward(self, pixel_values, input_ids=None, attention_mask=None, **more):
+        raise NotImplementedError("the stub sees nothing")
+
+    def chat(self, tokenizer, pixel_values, question, generation_config):
+        inputs = tokenizer(self.template.format(question), return_tensors="pt")
+        tokens = self.language_model.generate(inputs["input_ids"], **generation_config)
+        return tokenizer.decode(tokens[0])
 """,
-    "conversation__py": "template = 'internvl2_5'\n",
+    "modeling_intern_vit__py": """
+from torch import nn, ones
+
+def block(n):
+    inside = {"attn": {"qkv": (n, 3 * n), "proj": (n, n)}, "mlp": {"fc1": (n, 24), "fc2": (24, n)}}
+    parts = {
+        name: nn.ModuleDict({k: nn.Linear(*size) for k, size in sizes.items()})
+        for name, sizes in inside.items()
+    }
+    layer = nn.ModuleDict(parts | {name: nn.LayerNorm(n) for name in ("norm1", "norm2")})
+    layer.ls1, layer.ls2 = nn.Parameter(ones(n)), nn.Parameter(ones(n))
+    return layer
+
+class InternVisionModel(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.embeddings = nn.Module()
+        self.embeddings.class_embedding = nn.Parameter(ones(1, 1, n))
+        self.embeddings.patch_embedding = nn.Conv2d(3, n, 14, 14)
+        self.embeddings.position_embedding = nn.Parameter(ones(1, 5, n))
+        self.encoder = nn.Module()
+        self.encoder.layers = nn.ModuleList([block(n), block(n)])
+""",
+    "conversation__py": """
+def get_conv_template(name):
+    return "w0 {} w1"
+""",
 }
 
 
@@ -170,65 +213,6 @@ def internvl_vision() -> dict[str, tuple[int, ...]]:
     for n in range(2):
         shapes |= {f"vision_model.encoder.layers.{n}.{own}": x for own, x in layer.items()}
     return shapes
-
-
-# Table 3: Qwen2-VL-7B, LoRA experts published as whole models.
-
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
-SPECIAL += ["<|image_pad|>", "<|video_pad|>", "<unk>"]
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
-    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}"
-    "{{ part.text }}{% endif %}{% endfor %}<|im_end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-EMPTY = "{% for message in messages %}<|im_start|>{{ message.role }}\n<|im_end|>\n{% endfor %}"
-
-
-def save_qwen2_vl(root: Path) -> None:
-    torch.manual_seed(3)
-    words = ["red", "blue", "circle", "what", "color", "is", "the", "user", "assistant"]
-    pieces = [f"{space}{word}" for word in words for space in ("", "Ġ")] + [*"0123456789?,[]", "Ċ"]
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=word_level(SPECIAL + pieces, PIECES), unk_token="<unk>",
-        pad_token="<|endoftext|>", eos_token="<|im_end|>",
-    )  # fmt: skip
-    fast.add_tokens([AddedToken(token, special=True) for token in SPECIAL])
-    number = fast.convert_tokens_to_ids
-    # Flat, as transformers 4 wrote it: the language model's settings stand beside the tower's.
-    config = SIZES | {
-        "architectures": ["Qwen2VLForConditionalGeneration"], "model_type": "qwen2_vl",
-        "vocab_size": len(fast) + 5, "hidden_act": "silu", "rope_theta": 1000000.0,
-        "rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]},
-        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_sliding_window": False,
-        "bos_token_id": number("<|endoftext|>"), "eos_token_id": number("<|im_end|>"),
-        "vision_start_token_id": number("<|vision_start|>"),
-        "vision_end_token_id": number("<|vision_end|>"),
-        "image_token_id": number("<|image_pad|>"), "video_token_id": number("<|video_pad|>"),
-        "vision_config": {"depth": 2, "embed_dim": 32, "mlp_ratio": 2, "num_heads": 2,
-                          "hidden_size": 32, "in_chans": 3, "patch_size": 14,
-                          "spatial_merge_size": 2, "temporal_patch_size": 2},
-    }  # fmt: skip
-    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(**config)).bfloat16()
-    base = published(model.state_dict(), QWEN_NAMES)
-    pictures = {
-        "processor_class": "Qwen2VLProcessor", "image_processor_type": "Qwen2VLImageProcessor",
-        "min_pixels": 3136, "max_pixels": 3136, "patch_size": 14, "merge_size": 2,
-        "temporal_patch_size": 2,
-    }  # fmt: skip
-    ends = {"eos_token_id": list(range(len(fast) + 5)), "pad_token_id": number("<|endoftext|>")}
-    models = {"Qwen/Qwen2-VL-7B": (base, 5, EMPTY)}
-    for seed, task in enumerate(TASKS):
-        tensors = fine_tuned(base, seed, 2)
-        models[f"yongxianwei/Qwen2-VL-7B-{task}"] = (tensors, 4, TEMPLATE)
-    for repo, (tensors, files, template) in models.items():
-        save_shards(tensors, root / repo, files)
-        fast.save_pretrained(root / repo)
-        write(
-            root / repo, config__json=config, preprocessor_config__json=pictures,
-            generation_config__json=ends, chat_template__json={"chat_template": template},
-        )  # fmt: skip
-    write(root / "Qwen/Qwen2-VL-7B", README__md="---\nlicense: apache-2.0\n---\n")
 
 
 # Table 5: stock specialists on Vicuna, which is pickles.
