@@ -40,17 +40,20 @@ TEMPLATES = Environment(
 def write_index(
     page: Path,
     title: str,
-    notebooks: Sequence[str],
+    notebooks: Sequence[Path],
     copies: Path,
     figures: Path,
     recipes: list[Path],
 ) -> Path:
     """Write the page of one study: finding, notebooks, figures, tables, recipes' texts, versions.
 
-    notebooks: the file names in their order; copies: the folder of the executed ones; figures: the
-    folder of figures and tables. Links are relative to the page. Returns its path.
+    notebooks: in their order; copies: the folder of the executed ones; figures: the folder of
+    figures and tables. What it has of an earlier run, of notebooks that are still to finish, is
+    counted and not shown. Links are relative to the page. Returns its path.
     """
-    found = sorted(figures.glob("*"))
+    there = sorted(figures.glob("*"))
+    earlier = _named(notebooks) - _named([copies / path.name for path in notebooks])
+    found = [path for path in there if path.stem not in earlier]
     pictures = [path for path in found if path.suffix == ".png"]
     drawn = {path.stem for path in pictures}
     tables = dict.fromkeys(path.stem for path in found if path.suffix in (".md", ".csv"))
@@ -59,8 +62,9 @@ def write_index(
         title,
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         revision=_revision(),
-        findings=findings(figures),
-        notebooks=[_notebook(name, copies) for name in notebooks],
+        findings=findings(figures, earlier),
+        earlier=len({path.stem for path in there} & earlier),
+        notebooks=[_notebook(path.name, copies) for path in notebooks],
         pictures=[
             _item(figures, path.stem, (".svg", ".csv")) | {"picture": path} for path in pictures
         ],
@@ -91,6 +95,13 @@ def _write(page: Path, title: str, **values: Any) -> Path:
     partial = page.with_suffix(".partial")
     partial.write_text(text, encoding="utf-8")
     return partial.replace(page)
+
+
+def _named(notebooks: Sequence[Path]) -> set[str]:
+    """The figures and tables that the cells of those notebooks name that are there."""
+    cells = [cell for path in notebooks if path.is_file() for cell in read_notebook(path).cells]
+    code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    return set(re.findall(r'"((?:fig|table)\w+_\w+)"', code))
 
 
 def _notebook(name: str, copies: Path) -> dict[str, Any]:

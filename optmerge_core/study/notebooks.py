@@ -173,8 +173,8 @@ def _run_all(
     newest_input = max(path.stat().st_mtime for path in (*recipes, *inputs))
 
     def page() -> Path:
-        names = [notebook.name for notebook in notebooks]
-        return write_index(copies.parent / "index.html", title, names, copies, figures, recipes)
+        there = copies.parent / "index.html"
+        return write_index(there, title, notebooks, copies, figures, recipes)
 
     page()
     for notebook in tqdm(notebooks, desc=title, unit="notebook"):

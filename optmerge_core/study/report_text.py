@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 
 SCORES = ("table02_full_finetuning", "table03_lora", "table05_modalities")
 """Tables of models on test questions, with a column Avg; a study has one of them."""
+CLAIMS = "tablexx_claims"
 
 SENTENCES = {
     "fig01_overview": "The idea, and two questions of each task, drawn at random, with answers.",
@@ -39,16 +41,21 @@ SENTENCES = {
 """Stem of a figure -> what it shows."""
 
 
-def findings(figures: Path) -> list[str]:
-    """What came out, in sentences, as far as the tables in a folder of figures tell."""
-    return [*_best(figures), *_claims(figures / "tablexx_claims.csv")]
+def findings(figures: Path, without: Collection[str] = ()) -> list[str]:
+    """What came out, in sentences, as far as the tables in a folder of figures tell.
+
+    without: stems of tables that are of an earlier run.
+    """
+    scores = [figures / f"{stem}.csv" for stem in SCORES if stem not in without]
+    claims = [] if CLAIMS in without else _claims(figures / f"{CLAIMS}.csv")
+    return [*_best(scores), *claims]
 
 
-def _best(figures: Path) -> list[str]:
+def _best(tables: list[Path]) -> list[str]:
     from optmerge_core.figures import LABELS  # takes pandas, which a refused recipe does without
 
     names = set(LABELS.values()) - {LABELS["base_model"], LABELS["mixture"]}
-    for path in (figures / f"{stem}.csv" for stem in SCORES):
+    for path in tables:
         rows = _rows(path)
         scores = {next(iter(row.values())): float(row["Avg"]) for row in rows if row.get("Avg")}
         merged = {name: score for name, score in scores.items() if name in names}

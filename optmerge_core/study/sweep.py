@@ -169,9 +169,7 @@ def sweep(
     text = figures.markdown(readable(table).set_index("recipe"), decimals=3)
     (folder / f"{NAME}.md").write_text(text, encoding="utf-8")
     copies = Path(output_dir, "notebooks")
-    executed = sorted(
-        copy.name for copy in copies.glob("[0-9]*.ipynb") if copy.suffixes == [".ipynb"]
-    )
+    executed = sorted(copy for copy in copies.glob("[0-9]*.ipynb") if copy.suffixes == [".ipynb"])
     recipes = list(map(Path, recipe_paths))
     write_index(
         Path(output_dir, "index.html"), Path(output_dir).name, executed, copies, folder, recipes

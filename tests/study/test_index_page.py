@@ -61,7 +61,8 @@ def study(tmp_path):
 def write(study):
     root, figures, copies, recipe = study
     names = ["00_first.ipynb", "01_second.ipynb", "02_third.ipynb"]
-    page = write_index(root / "index.html", "A & B <i>", names, copies, figures, [recipe])
+    notebooks = [root / name for name in names]
+    page = write_index(root / "index.html", "A & B <i>", notebooks, copies, figures, [recipe])
     return Page(page.read_text(encoding="utf-8"))
 
 
@@ -104,6 +105,27 @@ def test_the_finding_stands_first_and_figures_say_what_they_show(study):
     assert SENTENCES["fig04_optmerge"] in page.all("p")
 
 
+def test_what_an_earlier_run_has_left_is_not_taken_for_this_ones(study):
+    root, figures, copies, _ = study
+    (figures / "table03_lora.csv").write_text("method,Avg\nTSV Merging,51\n")
+    (figures / "tablexx_claims.csv").write_text("claim,verdict\na,holds\n")
+    code = 'save_figure(figure, data, output_dir, "fig02a_layer_norms")', 'name = "table03_lora"'
+    for name, source in zip(("00_first", "01_second"), code, strict=True):
+        cells = [nbformat.v4.new_code_cell(source), nbformat.v4.new_markdown_cell('"figxx_a"')]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), root / f"{name}.ipynb")
+    nbformat.write(nbformat.read(root / "00_first.ipynb", 4), copies / "00_first.ipynb")
+    page = write(study)
+    assert page.all("li") == ["Holds (1 of the paper's 1 claims): a."]
+    assert page.all("h3") == ["Table 2: main", "Table: claims", "Table: plain"]
+    assert any(text.startswith("Figure 2a") for text in page.all("figcaption"))
+    left = [text for text in page.all("p") if text.startswith("Left out")]
+    assert left and left[0].endswith("(figures and tables: 1).")
+    (copies / "01_second.ipynb").write_bytes((root / "01_second.ipynb").read_bytes())
+    page = write(study)
+    assert page.all("li")[0].startswith("Best merge: TSV Merging")
+    assert "earlier run" not in " ".join(page.all("p"))
+
+
 def test_a_long_table_is_cut_and_says_so(study):
     rows = "\n".join(f"{i},{i}" for i in range(1000))
     (study[1] / "tablexx_plain.csv").write_text(f"name,value\n{rows}\n")
@@ -118,7 +140,8 @@ def test_files_that_are_empty_or_absent(tmp_path):
     (tmp_path / "figures" / "empty.md").write_text("")
     page = write_index(tmp_path / "index.html", "x", [], tmp_path, tmp_path / "figures", [])
     assert Page(page.read_text()).all("h2") == ["Tables", "Versions"]
-    page = write_index(tmp_path / "index.html", "x", ["a.ipynb"], tmp_path, tmp_path / "none", [])
+    notebooks, none = [tmp_path / "a.ipynb"], tmp_path / "none"
+    page = write_index(tmp_path / "index.html", "x", notebooks, tmp_path, none, [])
     assert Page(page.read_text()).all("h2") == ["Notebooks", "Versions"]
 
 
