@@ -67,7 +67,7 @@ $(SMOL)/base/model.safetensors: $(SMOL)/base.json | $(INSTALLED)
 reproduce figures test test-slow coverage: export HF_HUB_OFFLINE := 1
 reproduce figures test test-slow coverage: export HF_HOME := $(CURDIR)/$(VENV)/state/huggingface
 # What a model has answered before, to the same questions: see optmerge_core/evaluation/answers.py.
-reproduce figures test test-slow coverage: export OPTMERGE_ANSWERS := $(CURDIR)/runs/answers
+reproduce figures test test-slow coverage lab: export OPTMERGE_ANSWERS := $(CURDIR)/runs/answers
 
 reproduce: setup
 	$(PY) -m optmerge_core run $(RECIPE) --device $(DEVICE)
