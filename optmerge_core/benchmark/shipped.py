@@ -27,17 +27,20 @@ def is_published(study):
 
 
 def check_claims(study, claims):
-    """What a notebook's text says of the studies it tells of (claim -> whether it holds here).
+    """What a notebook's text says of the studies it tells of, printed claim by claim.
 
-    Silent where it holds for them, `AssertionError` where it does not; of another study it is
-    printed, since the text was not written about that.
+    claims: claim -> whether it holds here, or that and the numbers compared, in words. Raises
+    `AssertionError` after the last one if any does not hold for a study that the texts are about;
+    of another study it is only said.
     """
-    if is_told(study):
-        false = [claim for claim, holds in claims.items() if not holds]
-        assert not false, "; ".join(false)
-        return
-    for claim, holds in claims.items():
-        print(f"{'holds' if holds else 'does not hold'} here: {claim}")
+    found = {
+        claim: held if isinstance(held, tuple) else (held, "") for claim, held in claims.items()
+    }
+    for claim, (holds, compared) in found.items():
+        said = f"{'holds' if holds else 'does not hold'}: {claim}"
+        print(f"{said} ({compared})" if compared else said)
+    false = [claim for claim, (holds, _) in found.items() if not holds]
+    assert not false or not is_told(study), "; ".join(false)
 
 
 def validation_count(study):
