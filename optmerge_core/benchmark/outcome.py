@@ -139,7 +139,7 @@ def _omni(omni):
     parts.append(f"the best merge, {best}, has {scores[best]:.1f} %")
     asked = omni.scores.columns.get_loc("one modality") * omni.recipe.evaluation.test_samples
     statement = "Of the answers about clips to be seen and heard, right are"
-    return _row(statement, parts, [omni], omni.stem, "04", 4, asked)
+    return _row(statement, parts, [omni], omni.stem, "04", 6, asked)
 
 
 def advice(studies, comparison):
