@@ -113,6 +113,27 @@ def test_cells_are_short_and_imports_stand_together(path):
     assert together == ([1, 2] if path in CHAPTERS else together[:1])
 
 
+@notebooks(CHAPTERS)
+def test_imports_are_folded_up(path):
+    cell = code_cells(path)[2]
+    assert cell.metadata.jupyter.source_hidden and "hide-input" in cell.metadata.tags
+
+
+@notebooks(CHAPTERS)
+def test_a_cell_that_proves_something_shows_it(path):
+    proves = re.compile(r"^\s*assert |assert_close\(|check_claims\(", re.MULTILINE)
+    proving = [cell for cell in code_cells(path) if proves.search(cell.source)]
+    assert [cell.id for cell in proving if not cell.outputs] == []
+
+
+@notebooks(CHAPTERS)
+def test_no_output_is_a_path_or_a_warning(path):
+    for cell in code_cells(path):
+        for output in cell.outputs:
+            said = str(output.get("text", "")) + str(output.get("data", {}).get("text/plain", ""))
+            assert output.get("name") != "stderr" and "Path(" not in said, said
+
+
 @notebooks(CHAPTERS + SOLUTIONS)
 def test_was_saved_after_one_run_from_top_to_bottom(path):
     cells = [cell for cell in code_cells(path) if cell.source.strip()]

@@ -81,6 +81,11 @@ def test_what_the_page_refers_to_is_there():
         assert (ROOT / "notebooks" / link).is_file(), link
 
 
+def test_the_lab_takes_the_answers_that_were_given_before():
+    exported = re.search(r"^(.*): export OPTMERGE_ANSWERS", (ROOT / "Makefile").read_text(), re.M)
+    assert {"reproduce", "lab"} <= set(exported[1].split())
+
+
 def test_every_question_of_a_quiz_has_its_answer():
     quizzes = PAGE.split("## Quiz ")[1:]
     assert len(quizzes) == 3
