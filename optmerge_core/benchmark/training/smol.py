@@ -151,14 +151,25 @@ def answer_loss(model, batch, naming=None):
 
 
 def train_base(
-    before, *, steps, batch, rank, learning_rate, seed, boxes=False, tasks=None, state=None
+    before,
+    *,
+    steps,
+    batch,
+    rank,
+    learning_rate,
+    seed,
+    boxes=False,
+    tasks=None,
+    kept=1.0,
+    state=None,
 ):
     """Adapter, tower and projector of a base that answers easy questions of all kinds, and chats.
 
     before: a folder with the sight.safetensors that it starts from, and the adapter if there is
     one. tasks: name -> weight, if not BASE_TASKS. A batch of conversations every CHAT_EVERY steps;
     tower and projector go on at SIGHT_RATE of the rate, and go on naming what cells show (NAMING
-    times that loss), or they would forget it.
+    times that loss), or they would forget it. kept: what the adapter is multiplied by in the end: a
+    little less of it forgets less of what SmolLM2 knew (chosen on validation questions).
     Returns the PEFT model and its losses.
     """
     processor = build_processor()
@@ -199,6 +210,9 @@ def train_base(
         loss_of, groups, zip(shown, chats, strict=True), learning_rate=learning_rate, steps=steps,
         label="base", state=state,
     )  # fmt: skip
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            parameter.data.mul_(kept)
     return peft, losses
 
 
