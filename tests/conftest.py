@@ -12,15 +12,15 @@ BEARTYPE = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 install_import_hook("optmerge_core.methods", BEARTYPE)
 
 EXPERTS = ("chart", "ocr", "vqa")
-SLOW_NOTEBOOKS = ("03", "04", "05", "06")
-"""Numbers of those that take minutes, and so do their solutions."""
+SLOW_NOTEBOOKS = ("03", "04", "05", "06", "playground")
+"""How the names of those begin that take a minute or more, and so do their solutions."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before what `-m` leaves out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Notebooks first: what takes longest is not begun when one worker has no more to do."""
     for item in items:
-        if item.path.suffix == ".ipynb" and item.path.stem[:2] in SLOW_NOTEBOOKS:
+        if item.path.suffix == ".ipynb" and item.path.stem.startswith(SLOW_NOTEBOOKS):
             item.add_marker("slow")
     items.sort(key=lambda item: item.path.suffix != ".ipynb")
 

@@ -30,6 +30,7 @@ COMMANDS = {
     "rate-map": "experiments.rate_map:main",
     "comparison": "experiments.comparison:main",
     "expert-merging": "experiments.expert_merging:main",
+    "play": "experiments.play:main",
     "smol-texts": "experiments.knowledge:main",
 }
 """Command, and the study if one is named -> file and function, imported when they are asked for."""
@@ -92,6 +93,9 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--references", action="store_true", default=None, help=text)
             sub.add_argument("--regime", choices=REGIMES, help="of the experts, if not RECIPE's")
     sub = add("subsets", "merge every pair and triple of experts: OUTPUT/subsets.csv")
+    sub.add_argument("recipes", metavar="RECIPE", nargs="+")
+    sub.add_argument("--output", required=True)
+    sub = add("play", "what the notebooks' sliders show: OUTPUT/play_scores.csv, play_spectra.csv")
     sub.add_argument("recipes", metavar="RECIPE", nargs="+")
     sub.add_argument("--output", required=True)
     add("ranks", "RECIPE's study with other ranks, and none: OUTPUT/ranks.csv", "recipe", "output")

@@ -32,6 +32,7 @@ GIVEN = {
     "learning-rates": f"{RECIPE} out --rates 1e-3 2e-3",
     "rate-map": f"{RECIPE} out --seeds 1 2",
     "comparison": f"{RECIPE} out --seeds 1 2 --methods tsv",
+    "play": f"{RECIPE} {RECIPE} --output out",
 }
 
 
@@ -45,7 +46,9 @@ def test_what_is_given_reaches_the_function(command, monkeypatch):
     assert main([*words, *GIVEN[command].split()]) == 0
     assert reached[0].keys() == parameters.keys()
     needed = [p for p in parameters.values() if p.default is p.empty]
-    least = [RECIPE, "--output", "out"] if command == "subsets" else [RECIPE] * len(needed)
+    least = (
+        [RECIPE, "--output", "out"] if command in ("subsets", "play") else [RECIPE] * len(needed)
+    )
     assert main([*words, *least]) == 0
     assert reached[1].keys() == {p.name for p in needed}  # all else is the function's default
 
