@@ -36,10 +36,10 @@ def section(notebooks, notebook, number):
     notebooks: their folder; notebook: the file's stem, or its first digits.
     """
     path = next(Path(notebooks).glob(f"{notebook}*.ipynb"))
-    for cell in read_notebook(path).cells:
-        if cell.cell_type == "markdown" and re.match(rf"## (\D*){number} · ", cell.source):
-            heading = cell.source.splitlines()[0].removeprefix("## ")
-            return f"{path.name}#{heading.replace(' ', '-')}"
+    texts = [c.source for c in read_notebook(path).cells if c.cell_type == "markdown"]
+    found = re.search(rf"^## (\D*{number} · .*)$", "\n".join(texts), re.MULTILINE)
+    if found:
+        return f"{path.name}#{found[1].strip().replace(' ', '-')}"
     raise ValueError(f"{path.name} has no section {number}")
 
 

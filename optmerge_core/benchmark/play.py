@@ -14,7 +14,6 @@ from html import escape
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from optmerge_core.benchmark.experiments import play as stored
 from optmerge_core.benchmark.shipped import is_shipped
@@ -23,6 +22,8 @@ from optmerge_core.errors import extra
 from optmerge_core.figures import COLORS, LABELS
 from optmerge_core.places import checkout
 
+with extra("plots"):
+    from matplotlib.figure import Figure
 with extra("notebooks"):
     import ipywidgets
     from IPython import get_ipython
