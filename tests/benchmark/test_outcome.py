@@ -111,6 +111,14 @@ def test_the_sentences_are_the_tables(results, tmp_path):
     assert "(05_evaluation.ipynb#4-·-Is-a-difference-a-difference?)" in text
 
 
+def test_a_section_within_a_cell_and_an_appendix():
+    found = [outcome.section(ROOT / "notebooks", *place) for place in (("04", 6), ("03", 7))]
+    assert found == [
+        "04_omni_composition.ipynb#6-·-Merged,-and-composed-online",
+        "03_merging.ipynb#Appendix:-7-·-What-it-costs-(Table-7)",
+    ]
+
+
 def test_a_section_that_there_is_not():
     with pytest.raises(ValueError, match="05_evaluation.ipynb has no section 40"):
         outcome.section(ROOT / "notebooks", "05", 40)
