@@ -151,17 +151,7 @@ def answer_loss(model, batch, naming=None):
 
 
 def train_base(
-    before,
-    *,
-    steps,
-    batch,
-    rank,
-    learning_rate,
-    seed,
-    boxes=False,
-    tasks=None,
-    kept=1.0,
-    state=None,
+    before, *, steps, batch, rank, learning_rate, seed, boxes=False, tasks=None, kept=1, state=None
 ):
     """Adapter, tower and projector of a base that answers easy questions of all kinds, and chats.
 
@@ -210,9 +200,8 @@ def train_base(
         loss_of, groups, zip(shown, chats, strict=True), learning_rate=learning_rate, steps=steps,
         label="base", state=state,
     )  # fmt: skip
-    for name, parameter in model.named_parameters():
-        if ".lora_B." in name:
-            parameter.data.mul_(kept)
+    for name in (n for n, _ in model.named_parameters() if ".lora_B." in n):
+        model.get_parameter(name).data.mul_(kept)
     return peft, losses
 
 
