@@ -166,14 +166,15 @@ def run_command(options: argparse.Namespace) -> None:
     if options.output is None:
         raise ValueError("--sweep: give --output DIR, the folder of its table")
     from optmerge_core.study.recipe import load_recipe
-    from optmerge_core.study.side_files import check_askable
 
-    for recipe in map(load_recipe, options.recipe):
-        if recipe.evaluation.data is not None and recipe.merges == "capabilities":
-            check_askable(recipe)
+    recipes = [load_recipe(path) for path in options.recipe]
+    from optmerge_core.study.side_files import check_askable
     from optmerge_core.study.sweep import parse_axes, show, sweep
 
     axes = parse_axes(options.sweep)
+    for recipe in recipes:
+        if recipe.evaluation.data is not None and recipe.merges == "capabilities":
+            check_askable(recipe)
     if options.cluster is not None:
         from optmerge_core.study.cluster import sweep_on_cluster
 

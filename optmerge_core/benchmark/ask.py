@@ -1,8 +1,6 @@
 """Ask the merged model: a picture, picked or drawn, a question, and everyone's answer to it."""
 
-import datasets
 import numpy as np
-from PIL import Image, ImageDraw
 
 from optmerge_core.benchmark.evaluator import evaluator_for
 from optmerge_core.benchmark.play import Play, answers_table, figure_of, menu
@@ -18,6 +16,10 @@ from optmerge_core.benchmark.tasks.scenes import (
 from optmerge_core.errors import extra
 from optmerge_core.evaluation.questions import load_split
 from optmerge_core.study.open import open_study
+
+with extra("datasets"):
+    import datasets
+    from PIL import Image, ImageDraw
 
 with extra("notebooks"):
     import ipywidgets

@@ -23,7 +23,6 @@ from optmerge_core.study.agreement import agreement, committed, keep
 from optmerge_core.study.index_page import write_contents, write_index
 from optmerge_core.study.notebook_page import read_notebook
 from optmerge_core.study.recipe import load_recipe
-from optmerge_core.study.side_files import check_askable
 
 
 class NotebookError(ChildProcessError):
@@ -142,6 +141,8 @@ def _studies(recipe_paths: Sequence[str | Path]) -> dict[str, tuple[Path, str]]:
                 "`run --sweep` need none"
             )
         if recipe.merges == "capabilities":
+            from optmerge_core.study.side_files import check_askable  # takes torch
+
             check_askable(recipe)
         studies[name] = path.resolve(), recipe.merges
     return studies

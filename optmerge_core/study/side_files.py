@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from optmerge_core.checkpoints import URL
 from optmerge_core.checkpoints.formats import parse_hub_id
-from optmerge_core.errors import extra
 from optmerge_core.merging.templates import json_of
 
 if TYPE_CHECKING:
@@ -69,8 +69,9 @@ def check_askable(recipe: Recipe) -> None:
     kind, own = config.get("model_type"), config.get("auto_map")
     if not isinstance(kind, str):
         return  # opening it says what is wrong
-    with extra("models"):
-        from transformers.models.auto import modeling_auto
+    if find_spec("transformers") is None:
+        return  # so does what asks
+    from transformers.models.auto import modeling_auto
 
     remote = isinstance(own, dict) and ASKED in own
     if kind in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
