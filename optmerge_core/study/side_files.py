@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from optmerge_core.checkpoints import URL
 from optmerge_core.checkpoints.formats import parse_hub_id
+from optmerge_core.errors import extra
 from optmerge_core.merging.templates import json_of
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ def check_askable(recipe: Recipe) -> None:
         return  # opening it says what is wrong
     if find_spec("transformers") is None:
         return  # so does what asks
-    from transformers.models.auto import modeling_auto
+    with extra("models"):
+        from transformers.models.auto import modeling_auto
 
     remote = isinstance(own, dict) and ASKED in own
     if kind in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
