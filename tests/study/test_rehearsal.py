@@ -56,7 +56,7 @@ def recipe_with(source, folder, **changes):
 
 @pytest.fixture
 def own_code(tmp_path, monkeypatch):
-    """The Python files of models are not kept, nor their modules and classes."""
+    """The Python files of models are not kept, nor their modules and classes, nor others found."""
 
     def forget():
         for name in [x for x in sys.modules if x.startswith("transformers_modules")]:
@@ -66,7 +66,8 @@ def own_code(tmp_path, monkeypatch):
     monkeypatch.setattr(mapping, "_extra_content", dict(mapping._extra_content))
     cache = "transformers.dynamic_module_utils.HF_MODULES_CACHE"
     monkeypatch.setattr(cache, str(tmp_path / "code"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
+    paths = [path for path in sys.path if not Path(path, "transformers_modules").is_dir()]
+    monkeypatch.setattr(sys, "path", paths)
     forget()
     yield
     forget()
