@@ -29,6 +29,8 @@ include_patterns = ["README.md", *(f"{page}{end}" for page in PAGES for end in (
 exclude_patterns = [".venv", "runs", "**/.ipynb_checkpoints"]
 ROW = re.compile(r"\[(\d\d)\]\(notebooks/\w+\.ipynb\)(?=.*?`figures/\w+/(\w+)\.\w+`)")
 """In the README's table of figures: a notebook's link, and the stem of what it draws."""
+SECTION = re.compile(r"(?<=\]\()(notebooks/\w+\.ipynb)#((?:[^()]|\([^()]*\))+)(?=\))")
+"""A notebook's section, as JupyterLab links to it."""
 
 
 def repository() -> str | None:
@@ -63,7 +65,7 @@ def cells_of(number: str) -> dict[str, int]:
 def read(app, docname: str, source: list[str]) -> None:
     """Contents and links to cells in the README; in a notebook the targets of those links."""
     if docname == "README":
-        source[0] = ROW.sub(_link, source[0])
+        source[0] = SECTION.sub(_slug, ROW.sub(_link, source[0]))
         listed = "\n".join(PAGES)
         source[0] += f"\n```{{toctree}}\n:hidden:\n:glob:\n{listed}\n```\n"
     elif found := re.fullmatch(r"notebooks/(\d\d)_\w+", docname):
@@ -77,6 +79,12 @@ def read(app, docname: str, source: list[str]) -> None:
 def _link(row: re.Match[str]) -> str:
     number, stem = row[1], row[2]
     return f"[{number}](#{number}-{stem})" if stem in cells_of(number) else row[0]
+
+
+def _slug(section: re.Match[str]) -> str:
+    """The same in the book, whose anchors are GitHub's."""
+    slug = re.sub(r"[^-\w]", "", section[2]).lower()
+    return f"{section[1]}#{slug}"
 
 
 def setup(app) -> None:

@@ -52,8 +52,8 @@ class Browser:
         self._end()
 
     def _end(self) -> None:
-        self.process.terminate()
-        self.process.wait(60)
+        self.process.kill()
+        self.process.wait()
 
     def call(self, method: str, **parameters: Any) -> dict:
         """A command of the protocol and its result; events in between are not looked at."""

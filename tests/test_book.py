@@ -30,6 +30,12 @@ def test_the_table_of_figures_leads_to_cells(conf):
     assert all(stem in conf.cells_of(number) for number, stem in links)
 
 
+def test_a_link_to_a_section_becomes_the_books(conf):
+    source = ["[3](notebooks/05_evaluation.ipynb#3-·-Results-(Table-2)), [x](#glossary)"]
+    conf.read(None, "README", source)
+    assert source[0].startswith("[3](notebooks/05_evaluation.ipynb#3--results-table-2), [x](#gl")
+
+
 def test_a_notebook_gets_its_targets_before_their_cells(conf):
     source = [(ROOT / "notebooks" / "00_benchmark.ipynb").read_text()]
     conf.read(None, "notebooks/00_benchmark", source)

@@ -1,6 +1,7 @@
 """The playground in JupyterLab, in a headless Chromium: a slider moves, the picture changes."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -41,7 +42,7 @@ def lab(tmp_path):
         process = subprocess.Popen(
             [sys.executable, "-m", "jupyterlab", *options],
             env=os.environ | places | {"IPYTHONDIR": str(state / "ipython")},
-            stdout=log, stderr=log,
+            stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
 
@@ -56,9 +57,9 @@ def lab(tmp_path):
     try:
         until(answers, "JupyterLab does not start")
         yield url, folder
-    finally:
-        process.terminate()
-        process.wait(60)
+    finally:  # with its kernels, which it would wait for
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 class TestInChromium:
