@@ -69,7 +69,7 @@ class LayersEvaluator(Evaluator):
         super().__init__(base_model, data, size, device="cpu", processor=processor)
 
     def inputs(self, row):
-        return self._prompts(self._data.select([row]))
+        return self._prompts(self.questions.select([row]))
 
     def _prompts(self, rows):
         """What `generate` takes for rows whose prompts are of one length."""

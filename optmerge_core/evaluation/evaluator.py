@@ -92,7 +92,7 @@ class Evaluator:
         return other
 
     def _ask(self, data):
-        self._data = data
+        self.questions = data
         self.samples = data.remove_columns("image").to_pandas()
         self._metrics = [metric_of(sample) for sample in self.samples.to_dict("records")]
         images = data.cast_column("image", Image(decode=False))["image"]
@@ -112,7 +112,7 @@ class Evaluator:
         ]
 
         def prepare(rows):
-            return chat.prepare(self.processor, list(self._data.select(rows)))
+            return chat.prepare(self.processor, list(self.questions.select(rows)))
 
         prepared = in_order(prepare, batches, self.device)
         for rows, inputs in zip(batches, prepared, strict=True):
@@ -120,7 +120,7 @@ class Evaluator:
 
     def inputs(self, row):
         """What `generate` takes for the question of one row, prompt and picture as they are."""
-        inputs = chat.prepare(self.processor, [self._data[row]])
+        inputs = chat.prepare(self.processor, [self.questions[row]])
         return inputs.to(self.device, self.model.dtype)
 
     def seen(self, inputs):

@@ -6,10 +6,10 @@ import torch
 
 from optmerge_core import METHODS, load_recipe
 from optmerge_core.benchmark.evaluator import evaluator_for
-from optmerge_core.benchmark.experiments import comparison
-from optmerge_core.benchmark.experiments.comparison import Captions, rows_of, variants
+from optmerge_core.benchmark.experiments import comparison, kept
+from optmerge_core.benchmark.experiments.comparison import Asked, rows_of, variants
 from optmerge_core.evaluation.metrics import accuracy
-from optmerge_core.evaluation.questions import load_split
+from optmerge_core.evaluation.questions import blanked, load_split
 from optmerge_core.methods.registry import check_options
 from optmerge_core.study.open import open_study
 from optmerge_core.task_vectors.tables import inner
@@ -21,6 +21,7 @@ FEW = ["task_arithmetic", "tsv, SVC", "Ridge"]
 def test_every_method_for_any_number_of_experts_is_compared():
     found = variants(LORA)
     assert {method for method, _ in found.values()} == METHODS.keys() - {"slerp", "nuslerp"}
+    assert found["+ Low-rank"][1]["preset"] == "lora"
     assert found["tsv, SVC"] == ("tsv", LORA.options("tsv") | {"then": "svc"})
     for method, options in found.values():
         check_options(method, options, 5)
@@ -37,21 +38,33 @@ def asked():
     ]
 
 
-def test_captions_are_what_the_base_learnt(asked):
-    captions = Captions(LORA, asked[0], count=4)
-    assert [len(batch["labels"]) for batch in captions.batches] == [4] * 5
-    base = captions()
-    opened = open_study(LORA)
+def test_captions_are_what_the_base_learnt(asked, monkeypatch):
+    monkeypatch.setattr(kept, "CAPTIONS", 4)
+    told, opened = kept.kept_by(LORA, asked[0]), open_study(LORA)
+    base = told()["captions"]
     zero = {n: torch.zeros_like(opened.base[n]) for n in opened.names}
-    assert 0 < base < 3 < captions(zero)  # 237 words, told blindly: 5.5
-    assert captions() == base  # its weights are back
+    assert 0 < base < 3 < told(zero)["captions"]  # 237 words, told blindly: 5.5
+    assert told() == {"captions": base}  # its weights are back
+
+
+def test_a_question_that_needs_no_eyes_is_asked_blindly_too(asked):
+    data = asked[1].questions
+    without = Asked(asked[1])()
+    assert not without["blanked"].any() and len(without) == len(data)
+    some = asked[1].asking(data.add_column("blind", [row < 3 for row in range(len(data))]))
+    both = Asked(some)()
+    pd.testing.assert_frame_equal(both[~both["blanked"]], without)
+    blind = both[both["blanked"]]
+    grey = some.asking(blanked(data.select(range(3)))).answer()
+    assert blind["prediction"].tolist() == grey["prediction"].tolist()
+    assert comparison.scores(both).equals(accuracy(without))
 
 
 def test_each_number_of_a_row(asked, tmp_path, monkeypatch):
     study = LORA.model_copy(update={"scaling_coefficients": [0.5, 1.0]})
     monkeypatch.setattr(comparison, "load_recipe", lambda _: study)
     monkeypatch.setattr(comparison, "evaluators", lambda _: asked)
-    monkeypatch.setattr(comparison, "CAPTIONS", 2)
+    monkeypatch.setattr(kept, "CAPTIONS", 2)
     comparison.main("", tmp_path, seeds=[1], methods=FEW)
     table = pd.read_csv(tmp_path / "comparison.csv", index_col=["seed", "model"]).loc[1]
     assert [*table.index] == ["base_model", *study.experts, "mixture", *FEW]
@@ -66,15 +79,20 @@ def test_each_number_of_a_row(asked, tmp_path, monkeypatch):
     assert row["control"] == pytest.approx(accuracy(control)["Avg"])
     sums = table.loc["task_arithmetic"]
     assert sums["control"] == sums["Avg"] and sums["cosine"] == pytest.approx(1)
-    correct = pd.read_parquet(tmp_path / "correct.parquet").loc[1]
-    found = 100 * correct.groupby(["model", "task"])["correct"].mean().unstack().mean(axis=1)
+    said = pd.read_parquet(tmp_path / "answers.parquet").loc[1]
+    found = 100 * said.groupby(["model", "task"])["correct"].mean().unstack().mean(axis=1)
     assert found.to_dict() == pytest.approx(table["Avg"].to_dict())
+    shipped = pd.read_csv(tmp_path / "seeds.csv", index_col=["seed", "model"]).loc[1]
+    assert shipped["Avg"].to_dict() == pytest.approx(table["Avg"].to_dict(), abs=1e-4)
+    search = pd.read_csv(tmp_path / "search.csv", index_col=["seed", "method"]).loc[1]
+    assert search.loc["tsv, SVC", "accuracy"].max() == pytest.approx(row["validation"])
+    assert len(search.loc["tsv, SVC"]) == row["trials"]
 
 
 def test_experts_of_one_seed_are_compared_once(asked, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(comparison, "evaluators", lambda _: asked)
-    monkeypatch.setattr(comparison, "Captions", lambda *_: lambda weights=None: 1.0)
+    monkeypatch.setattr(comparison, "kept_by", lambda *_: lambda weights=None: {"captions": 1.0})
 
     def counted(*arguments):
         calls.append(1)

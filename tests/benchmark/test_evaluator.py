@@ -230,7 +230,7 @@ def test_smol_takes_replaced_layers_and_finds_its_way_back(smol_evaluator, small
     vectors = {n: 0.1 * torch.randn(base[n].shape, generator=noise) for n in names}
     merged = smol_evaluator.answer_merged(base, vectors, 1.0)["prediction"]
     assert (merged != before).any()
-    tokens = [generated(smol_evaluator, item) for item in smol_evaluator._data]
+    tokens = [generated(smol_evaluator, item) for item in smol_evaluator.questions]
     assert list(merged) == smol_evaluator.tokenizer.batch_decode(tokens, skip_special_tokens=True)
     assert (smol_evaluator.answer()["prediction"] == before).all()
     name = next(n for n in base.shapes() if "multi_modal_projector" in n)
