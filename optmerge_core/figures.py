@@ -1,6 +1,7 @@
 """Figures and tables: one colour per method everywhere, each figure saved with its numbers.
 
-Colours are Okabe and Ito's, safe for colour-blind readers; markers tell methods apart in greyscale.
+Each has a contrast of 3 or more on white, and is as far from all others for colour-blind readers as
+tests/test_palette.py asks; markers tell methods apart in greyscale.
 """
 
 from itertools import cycle
@@ -41,43 +42,44 @@ LABELS = {
 """Key of a method or model -> its name in the paper's tables."""
 
 COLORS = {
-    "base_model": "#bbbbbb",
-    "weight_average": "#999999",
-    "task_arithmetic": "#e69f00",
-    "ties": "#56b4e9",
-    "dare_task_arithmetic": "#f3c766",
-    "dare_ties": "#a5d5f2",
-    "tsv": "#009e73",
-    "iso_c": "#cc79a7",
-    "wudi": "#0072b2",
-    "optmerge": "#d55e00",
-    "swudi": "#f0e442",
-    "aswudi": "#5b4a8a",
-    "mixture": "#222222",
-    "iso_cts": "#8b2f6b",
-    "dc_merge": "#66a61e",
-    "ssam": "#a6761d",
-    "orthomerge": "#e31a1c",
-    "breadcrumbs": "#fb9a99",
-    "breadcrumbs_ties": "#cab2d6",
-    "della": "#b2df8a",
-    "della_linear": "#33a02c",
-    "sce": "#1f78b4",
-    "model_stock": "#6a3d9a",
-    "slerp": "#b15928",
-    "nuslerp": "#ff7f00",
+    "base_model": "#444444",
+    "weight_average": "#888888",
+    "task_arithmetic": "#aa8844",
+    "ties": "#002255",
+    "dare_task_arithmetic": "#dd7711",
+    "dare_ties": "#885588",
+    "tsv": "#007744",
+    "iso_c": "#dd66cc",
+    "wudi": "#4488ff",
+    "optmerge": "#bb0000",
+    "swudi": "#771111",
+    "aswudi": "#4433bb",
+    "mixture": "#111111",
+    "iso_cts": "#aa44bb",
+    "dc_merge": "#8800ff",
+    "ssam": "#ff00ff",
+    "orthomerge": "#ee3377",
+    "breadcrumbs": "#aa3333",
+    "breadcrumbs_ties": "#880088",
+    "della": "#440088",
+    "della_linear": "#663366",
+    "sce": "#005599",
+    "model_stock": "#331133",
+    "slerp": "#552222",
+    "nuslerp": "#aa88aa",
 }
 MARKERS = dict(zip(COLORS, [*"ohsv^<>DPXd*p1234+x|_8H.", "$n$"], strict=True))
 EXPERT_COLORS = [
-    "#0072b2",
-    "#e69f00",
-    "#009e73",
-    "#d55e00",
-    "#cc79a7",
-    "#56b4e9",
-    "#f0e442",
-    "#222222",
+    "#220088",
+    "#dd4422",
+    "#0088aa",
+    "#779966",
+    "#aa2266",
+    "#005599",
+    "#ff11ee",
+    "#661122",
 ]
+"""Of tasks and their experts; none is a method's."""
 
 DIGITS = 4
 """Significant digits of a stored number; other machines agree to five or more."""

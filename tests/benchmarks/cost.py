@@ -2,10 +2,12 @@
 
 `python tests/benchmarks/cost.py` merges each three times, every time in a process of its own, and
 writes cost.csv: the shortest time, and the peak of memory (torch included) of that merge's report.
-Notebook 03 draws Table 7 from it, with mixture training's time beside it.
+Beside it stands the peak of a process that takes the first steps of the mixture training. Notebook
+03 draws Table 7 from it, with the time of that training, from its log.
 """
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = ("internvl", "qwen2_vl")
+STEPS = 20  # of the mixture training: memory has its peak in each of them
 
 
 def measure(name, folder):
@@ -27,7 +30,23 @@ def measure(name, folder):
     subprocess.run([sys.executable, *command, *options], check=True, stdout=subprocess.DEVNULL)
     report = json.loads((output / "merge_report.json").read_text())
     row = {"recipe": name, "device": device_name(), "seconds": report["seconds"]}
-    return row | {"peak memory (GB)": report["peak_memory_bytes"] / 1e9}
+    mixture = subprocess.run([sys.executable, __file__, name], check=True, capture_output=True)
+    return row | {
+        "peak memory (GB)": report["peak_memory_bytes"] / 1e9,
+        "mixture training's peak memory (GB)": int(mixture.stdout) / 1e9,
+    }
+
+
+def train_mixture(name):
+    """The peak of this process's memory in bytes, after the first steps of a mixture training."""
+    from optmerge_core.benchmark.training.build import plan
+    from optmerge_core.benchmark.training.experts import fine_tune
+    from optmerge_core.study.recipe import load_recipe
+
+    study = load_recipe(ROOT / "data" / "recipes" / f"{name}.yaml")
+    model = "/".join(Path(study.evaluation.references["mixture"]).parts[-2:])
+    fine_tune(study.base_model, **plan(name)[model] | {"steps": STEPS})
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 def main():
@@ -40,4 +59,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    print(train_mixture(sys.argv[1])) if len(sys.argv) > 1 else main()
