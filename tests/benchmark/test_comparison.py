@@ -47,6 +47,31 @@ def test_captions_are_what_the_base_learnt(asked, monkeypatch):
     assert told() == {"captions": base}  # its weights are back
 
 
+def test_of_the_real_language_model_its_knowledge_is_told_too(asked, tmp_path, monkeypatch):
+    (tmp_path / "page.txt").write_text("A page.")
+    pd.DataFrame({"question": ["How?"], "key": ["so"]}).to_csv(tmp_path / "knowledge.csv")
+    study = LORA.model_copy(update={"base_model": str(tmp_path / "base")})
+    given, models = [], []
+
+    class Told:
+        def __init__(self, *arguments):
+            given.append(arguments)
+
+        def __call__(self, model, processor):
+            models.append((model, processor))
+            return ["so"], {"knows": 100.0}
+
+    monkeypatch.setattr(kept, "Forgetting", Told)
+    monkeypatch.setattr(kept, "language_model", lambda: "SmolLM2")
+    monkeypatch.setattr(kept, "build_processor", lambda: "its own")
+    monkeypatch.setattr(kept, "Captions", lambda *_: lambda model: 0.5)
+    assert kept.kept_by(study, asked[0])() == {"captions": 0.5, "knows": 100.0}
+    ((original, processor, questions, page),) = given
+    assert (original, processor, page) == ("SmolLM2", "its own", "A page.")
+    assert questions["key"].tolist() == ["so"]
+    assert models == [(asked[0].model, asked[0].processor)]
+
+
 def test_a_question_that_needs_no_eyes_is_asked_blindly_too(asked):
     data = asked[1].questions
     without = Asked(asked[1])()
@@ -57,7 +82,7 @@ def test_a_question_that_needs_no_eyes_is_asked_blindly_too(asked):
     blind = both[both["blanked"]]
     grey = some.asking(blanked(data.select(range(3)))).answer()
     assert blind["prediction"].tolist() == grey["prediction"].tolist()
-    assert comparison.scores(both).equals(accuracy(without))
+    assert accuracy(comparison.seen(both)).equals(accuracy(without))
 
 
 def test_each_number_of_a_row(asked, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from optmerge_core.benchmark.experiments.kept import kept_by
-from optmerge_core.benchmark.experiments.seeds import evaluators, trained, write
+from optmerge_core.benchmark.experiments.seeds import evaluators, scores, trained, write
 from optmerge_core.benchmark.experiments.variants import ablation, beyond
 from optmerge_core.benchmark.training.build import SEEDS
 from optmerge_core.checkpoints.open import open_expert
@@ -63,9 +63,9 @@ class Asked:
         return pd.concat(found)[["task", "prediction", "correct", "blanked"]]
 
 
-def scores(answers):
-    """Accuracy a task of what `Asked` gives, the blanked questions left out."""
-    return accuracy(answers[~answers["blanked"]])
+def seen(answers):
+    """What `Asked` gives without the blanked questions."""
+    return answers[~answers["blanked"]]
 
 
 def rows_of(study, validation, test, kept, methods=None):
@@ -104,7 +104,7 @@ def rows_of(study, validation, test, kept, methods=None):
         rows[label] = row | kept(scaled(merged, scaling))
         searches.append(search)
     table = pd.DataFrame(rows).T.rename_axis("model")
-    found = pd.DataFrame({model: scores(given) for model, given in answers.items()}).T
+    found = scores({model: seen(given) for model, given in answers.items()})
     return table.join(found), answers, pd.concat(searches)
 
 
@@ -125,13 +125,8 @@ def main(recipe, output, seeds=SEEDS, methods=None):
         searches[seed] = pd.read_csv(folder / "search.csv", index_col="method")
         answers[seed] = pd.read_parquet(folder / "answers.parquet")
     table = pd.concat(tables, names=["seed"])
-    write({s: scores_of(t) for s, t in answers.items()}, "seed", Path(output, "seeds.csv"))
+    columns = [*answers[seed]["task"].unique(), "Avg"]
+    write({s: t[columns] for s, t in tables.items()}, "seed", Path(output, "seeds.csv"))
     write(searches, "seed", Path(output, "search.csv"))
     table.to_csv(Path(output, "comparison.csv"), float_format="%.6g")
     pd.concat(answers, names=["seed"]).to_parquet(Path(output, "answers.parquet"))
-
-
-def scores_of(answers):
-    """`scores` of each model, model × task."""
-    by_model = answers.groupby("model", sort=False)
-    return pd.DataFrame({model: scores(given) for model, given in by_model}).T.rename_axis("model")
