@@ -63,7 +63,7 @@ COLORS = {
     "breadcrumbs_ties": "#880088",
     "della": "#440088",
     "della_linear": "#663366",
-    "sce": "#005599",
+    "sce": "#9911dd",
     "model_stock": "#331133",
     "slerp": "#552222",
     "nuslerp": "#aa88aa",
@@ -79,7 +79,7 @@ EXPERT_COLORS = [
     "#ff11ee",
     "#661122",
 ]
-"""Of tasks and their experts; none is a method's."""
+"""Of tasks and their experts; far from those of the methods in the tables."""
 
 DIGITS = 4
 """Significant digits of a stored number; other machines agree to five or more."""

@@ -27,3 +27,9 @@ def test_of_a_study_that_the_texts_are_about_it_must_hold(capsys):
     with pytest.raises(AssertionError, match="^b is long; c$"):
         check_claims(SHIPPED, CLAIMS)
     assert capsys.readouterr().out.count("hold") == 2 + len(CLAIMS)
+
+
+def test_of_several_studies_one_that_the_texts_are_about_is_enough(capsys):
+    check_claims([OWN, OWN], CLAIMS)
+    with pytest.raises(AssertionError):
+        check_claims([OWN, SHIPPED], CLAIMS)
