@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from optmerge_core.benchmark.tasks.english.charts import (
+    ABOUT,
     KINDS,
     WEIGHTS,
     Data,
@@ -105,9 +106,21 @@ def test_a_question_is_held_out_by_the_facts_it_needs():
     assert not any(t.held_out for t in turns if t.kind == "count")
 
 
-def test_medium_keeps_kinds_for_the_experts_and_all_charts_are_drawn():
+def test_a_full_chart_says_its_kind_and_whether_it_prints_its_values():
+    told = {"kind": set(), "printed": set()}
+    for drawing in drawn("train"):
+        for turn in drawing.turns:
+            told.get(turn.kind, set()).add(turn.answer)
+        answers = {turn.kind: turn.answer for turn in drawing.turns}
+        if "percent" in answers:
+            assert answers.get("kind", "pie chart") == "pie chart"
+            assert answers.get("printed", "yes") == "yes"
+    assert told == {"kind": set(KINDS), "printed": {"yes", "no"}}
+
+
+def test_levels_keep_kinds_for_the_experts_and_all_charts_are_drawn():
     kinds = {level: {t.kind for d in drawn("train", level) for t in d.turns} for level in LEVELS}
     assert kinds["medium"] == set(WEIGHTS["medium"]) and kinds["full"] == set(WEIGHTS["full"])
-    assert kinds["easy"] == kinds["full"]
+    assert kinds["full"] - kinds["easy"] == set(ABOUT)
     told = {d.turns[0].answer.split(":")[0].split(" ", 1)[1] for d in drawn("train", "caption")}
     assert told == set(KINDS)

@@ -5,7 +5,8 @@ import pytest
 
 from optmerge_core.benchmark.tasks.english.drawing import reserved
 from optmerge_core.benchmark.tasks.english.lettering import FACES, HANDS, advances, words
-from optmerge_core.benchmark.tasks.english.writing import ocr, questions, tag
+from optmerge_core.benchmark.tasks.english.surfaces import in_rows
+from optmerge_core.benchmark.tasks.english.writing import ABOUT, Text, about, ocr, questions, tag
 
 LEVELS = ("caption", "easy", "medium", "full")
 
@@ -54,7 +55,8 @@ def test_training_and_validation_never_show_what_is_reserved():
 
 
 def test_a_test_asks_about_both():
-    held = [turn.held_out for drawing in drawn("test") for turn in drawing.turns]
+    turns = [turn for drawing in drawn("test") for turn in drawing.turns]
+    held = [turn.held_out for turn in turns if turn.kind not in ABOUT]
     assert 0.25 < np.mean(held) < 0.75
 
 
@@ -75,9 +77,31 @@ def test_answers_by_hand():
     assert {("count", str(len(thing))), ("letter", thing[0]), ("letter", thing[-1])} <= answers
 
 
-def test_medium_keeps_kinds_for_the_experts():
+def test_answers_about_the_writing_by_hand():
+    rng = np.random.default_rng(0)
+    shoes = Text("price tag", ["Shoes", "$20.80"], [], {"price": "$20.80", "thing": "Shoes"})
+    answers = {turn.kind: turn.answer for turn in about(rng, shoes, ["script", "print"])}
+    surface = {"kind": "price", "surface": "price tag"}
+    assert answers == surface | {"hand": "handwritten", "digits": "4"}
+    mixed = about(rng, Text("paper", ["north"], []), ["sans", "script"])
+    assert {t.kind: t.answer for t in mixed} == {"kind": "word", "surface": "paper"}
+
+
+def test_experts_read_lines_in_rows_of_cells_that_are_not_neighbours():
+    for seed in range(50):
+        styles = [("sans", 12), ("serif", 17), ("print", 11)][: 1 + seed % 3]
+        top = 24 if len(styles) < 3 else 8
+        baselines = in_rows(np.random.default_rng(seed), styles, top)
+        middles = [y - height / 2 for y, (_, height) in zip(baselines, styles, strict=True)]
+        rows = [int(middle // 16) for middle in middles]
+        assert all(abs(m - 16 * r - 8) <= 2.5 for m, r in zip(middles, rows, strict=True))
+        assert top <= middles[0] - 8 and middles[-1] < 96 and (np.diff(rows) >= 2).all()
+
+
+def test_levels_keep_kinds_for_the_experts():
     kinds = {level: {t.kind for d in drawn("train", level) for t in d.turns} for level in LEVELS}
-    assert kinds["medium"] < kinds["full"] and kinds["medium"] < kinds["easy"]
+    assert kinds["medium"] < kinds["easy"] < kinds["full"]
+    assert set(ABOUT) <= kinds["full"] - kinds["easy"]
     assert {"price", "date", "count", "letter"} <= kinds["full"] - kinds["medium"]
 
 

@@ -1,7 +1,8 @@
 """Charts with words on their axes: bars that stand or lie, lines, pies (Chart).
 
 A word with its value is a fact; a quarter of the facts is never drawn in training. Level `easy`
-shows two or three values, `medium` asks for values and extremes only.
+shows two or three values, `medium` asks for values and extremes only; `full`, what experts learn
+and tests ask, asks about the chart itself too.
 """
 
 from dataclasses import dataclass
@@ -60,6 +61,16 @@ ASK = {
         "How many {thing}s does the chart have?",
         "Count the {thing}s.",
     ),
+    "kind": (
+        "What kind of chart is it?",
+        "Is it a bar chart, a horizontal bar chart, a line chart or a pie chart?",
+        "Which kind of chart is this?",
+    ),
+    "printed": (
+        "Are the values written in the chart?",
+        "Is every value written down?",
+        "Does the chart print its values?",
+    ),
     "color": (
         "What color is the {thing} for {a}?",
         "Which color does the {thing} for {a} have?",
@@ -67,8 +78,14 @@ ASK = {
     ),
 }
 READ = {"value": 4.0, "percent": 4.0, "highest": 1.5, "lowest": 1.5}
-MORE = {"above": 2.0, "difference": 2.0, "sum": 1.5, "compare": 2.0, "count": 0.5, "color": 0.5}
-WEIGHTS = {"easy": READ | dict.fromkeys(MORE, 1.0), "medium": READ, "full": READ | MORE}
+MORE = "above", "difference", "sum", "compare", "count", "color"
+FULL = {"above": 1.5, "difference": 0.3, "sum": 0.2, "compare": 2.0, "count": 1.0, "color": 1.5}
+ABOUT = {"kind": 1.0, "printed": 0.7}
+WEIGHTS = {
+    "easy": READ | dict.fromkeys(MORE, 1.0),
+    "medium": READ,
+    "full": READ | {"highest": 2.5, "lowest": 2.5} | FULL | ABOUT,
+}
 
 
 @dataclass(frozen=True)
@@ -236,7 +253,9 @@ def some_data(rng, split, level, kind, easel):
     while True:
         count = int(rng.integers(low, high + 1))
         top = 100 if kind == "pie chart" else choice(rng, tuple(SCALES))
-        printed = rng.random() < 0.5 or (kind == "pie chart" and level != "full")
+        printed = rng.random() < (0.7 if level == "full" else 0.5) or (
+            kind == "pie chart" and level != "full"
+        )
         names = some_names(rng, kind, count, printed, easel)
         values = some_values(rng, kind, len(names), top, printed)
         if split == "test" or not any(map(held, names, values)):
@@ -293,7 +312,11 @@ def chart(rng, split, level):
         easel = Easel(rng)
         data = some_data(rng, split, level, kind, easel)
         KINDS[kind](rng, data, easel)
-    turns = converse(rng, list(questions(rng, data, kind)), WEIGHTS.get(level, {}))
+    turns = list(questions(rng, data, kind))
+    if level == "full":
+        for about, answer in (("kind", kind), ("printed", "yes" if data.printed else "no")):
+            turns.append(Turn(choice(rng, ASK[about]), answer, about))
+    turns = converse(rng, turns, WEIGHTS.get(level, {}))
     if level == "caption":
         told = f"a {kind}: " + ", ".join(f"{name} {value}" for name, value, _ in data)
         new = any(map(held, data.names, data.values))

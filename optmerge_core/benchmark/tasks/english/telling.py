@@ -21,13 +21,9 @@ from optmerge_core.benchmark.tasks.english.asking import (
 from optmerge_core.benchmark.tasks.english.cast import draw_cast
 from optmerge_core.benchmark.tasks.english.scenes import VQA_THEMES, weighted
 from optmerge_core.benchmark.tasks.english.stage import stage
+from optmerge_core.benchmark.tasks.english.surfaces import draw_text
 from optmerge_core.benchmark.tasks.english.things import confused, kept_place, things
-from optmerge_core.benchmark.tasks.english.writing import (
-    ORDINALS,
-    draw_text,
-    questions,
-    some_text,
-)
+from optmerge_core.benchmark.tasks.english.writing import ORDINALS, questions, some_text
 from optmerge_core.benchmark.tasks.samples import SPLITS, image_hash
 from optmerge_core.benchmark.tasks.scenes import choice, converse
 
@@ -126,7 +122,7 @@ def text(rng, split):
     """(picture, description, what is asked) of one or two lines that are written large."""
     written = some_text(rng, split, "easy")
     turns = [Asked(t.question, t.answer, t.kind, t.held_out) for t in questions(rng, written)]
-    image, _ = draw_text(rng, written, True)
+    image, _, _ = draw_text(rng, written, "easy")
     told = f"{choice(rng, START)}: {_a(written.surface)} that says: {tell_lines(written.lines)}."
     return image, told, chosen(rng, turns, TEXT)
 

@@ -1,26 +1,30 @@
 """Writing: words, names, prices, dates and numbers in many faces on many grounds (OCR).
 
-Level `easy` shows one or two large lines on plain paper, `medium` and `full` up to three smaller
-ones on signs, tags, notes, gradients and noise; `medium` asks to read only. A `page` is full of
-small text that nobody asks about: what a tower learns its letters from.
+Level `easy` shows one or two large lines on plain paper; `medium` up to three smaller ones on
+signs, tags, notes, gradients and noise, and asks to read only; `full`, what experts learn and tests
+ask, such lines in rows of the picture's cells, and asks about the writing too (ABOUT). A `page` is
+full of small text that nobody asks about: what a tower learns its letters from.
 """
 
 from dataclasses import dataclass, field, replace
 from string import ascii_letters, ascii_lowercase, ascii_uppercase, digits
 
-import numpy as np
-from PIL import Image, ImageDraw
-
-from optmerge_core.benchmark.tasks.english.drawing import CELL, IMAGE_SIZE, Drawing, Turn, reserved
+from optmerge_core.benchmark.tasks.english.drawing import (
+    CELL,
+    IMAGE_SIZE,
+    Drawing,
+    Turn,
+    reserved,
+)
 from optmerge_core.benchmark.tasks.english.lettering import (
     FACES,
     HANDS,
     advances,
     allowed,
-    fitting,
     words,
     write,
 )
+from optmerge_core.benchmark.tasks.english.surfaces import draw_text, ground
 from optmerge_core.benchmark.tasks.scenes import choice, converse
 
 ORDINALS = ("first", "second", "third")
@@ -70,6 +74,26 @@ ASK = {
         "How many letters are in the {nth}word?",
         "Count the letters of the {nth}word.",
     ),
+    "kind": (
+        "Is it a price, a date, a time, a name, a number or a word?",
+        "What kind of text is it?",
+        "Does it say a price, a date, a time, a name, a number or a word?",
+    ),
+    "surface": (
+        "What is the text written on?",
+        "Is it on paper, a sign, a note or a price tag?",
+        "On what is it written?",
+    ),
+    "hand": (
+        "Is it printed or handwritten?",
+        "Is the writing printed or handwritten?",
+        "Was it printed or written by hand?",
+    ),
+    "digits": (
+        "How many digits are there?",
+        "How many digits do you see?",
+        "Count the digits.",
+    ),
     "words": (
         "How many words are there?",
         "How many words do you see?",
@@ -81,15 +105,14 @@ ASK = {
         "With which letter does the {nth}word {begin}?",
     ),
 }
+ABOUT = "kind", "surface", "hand", "digits"
+"""kinds of questions about the writing, which only `full` asks"""
+PRACTISED = dict.fromkeys([kind for kind in ASK if kind not in ABOUT], 1.0)
 WEIGHTS = {
-    "easy": dict.fromkeys(ASK, 1.0) | {"read": 4, "word": 1.5, "price": 2, "name": 2, "date": 2},
+    "easy": PRACTISED | {"read": 4, "word": 1.5, "price": 2, "name": 2, "date": 2},
     "medium": {"read": 3, "word": 2, "line": 2, "thing": 1, "name": 1},
-    "full": dict.fromkeys(ASK, 1.0) | {"read": 5, "word": 2, "price": 4, "name": 3, "date": 3},
+    "full": dict.fromkeys(ASK, 1.0) | {"read": 3, "word": 1.5, "price": 3, "name": 2, "date": 2},
 }
-INKS = ((20, 20, 20), (30, 40, 110), (120, 20, 30), (20, 80, 40), (80, 40, 110), (90, 60, 30))
-SIGNS = ((180, 30, 30), (25, 70, 160), (20, 110, 60), (60, 60, 60), (110, 50, 120), (150, 80, 20))
-LIGHT = ((255, 255, 255), (255, 245, 190), (235, 245, 255))
-TAGS = ((250, 220, 90), (250, 235, 215), (190, 230, 170), (250, 180, 120), (240, 240, 240))
 
 
 @dataclass(frozen=True)
@@ -221,64 +244,25 @@ def questions(rng, written):
                 yield ask("letter", letter, part, nth=nth, end=end, begin=begin)
 
 
-# ---------------------------------------------------------------- surfaces
+def about(rng, written, faces):
+    """Turns about the writing itself; faces: of its lines."""
+
+    def ask(kind, answer, **fields):
+        return Turn(choice(rng, ASK[kind]).format(**fields), str(answer), kind)
+
+    numeric = [
+        kind for kind in ("price", "date", "time", "number", "name") if kind in written.facts
+    ]
+    yield ask("kind", numeric[0] if numeric else "word")
+    yield ask("surface", written.surface)
+    if len({face in HANDS for face in faces}) == 1:
+        yield ask("hand", "handwritten" if faces[0] in HANDS else "printed")
+    everything = " ".join(written.lines)
+    if figures := sum(map(str.isdigit, everything)):
+        yield ask("digits", figures)
 
 
-def ground(rng, surface, quiet):
-    """A picture of a surface -> (picture, ink, (left, right) that may be written on)."""
-    pixels = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), rng.integers(225, 256, 3), np.int16)
-    kind = "plain" if quiet else choice(rng, ("plain", "gradient", "noise", "both"))
-    if kind in ("gradient", "both"):
-        one, other = rng.integers(165, 256, (2, 3))
-        share = np.linspace(0, 1, IMAGE_SIZE)[:, None, None]
-        share = share if rng.random() < 0.5 else share.swapaxes(0, 1)
-        pixels = (one + (other - one) * share + np.zeros_like(pixels)).astype(np.int16)
-    if kind in ("noise", "both"):
-        strength = int(rng.integers(10, 36))
-        pixels = pixels - rng.integers(0, strength, pixels.shape, dtype=np.int16)
-    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    draw, ink = ImageDraw.Draw(image), choice(rng, INKS)
-    edge = int(rng.integers(2, 6))
-    box = (edge, edge, IMAGE_SIZE - 1 - edge, IMAGE_SIZE - 1 - edge)
-    if surface == "sign":
-        plate, ink = choice(rng, SIGNS), choice(rng, LIGHT)
-        if rng.random() < 0.3:
-            plate, ink = ink, plate
-        draw.rounded_rectangle(box, int(rng.integers(0, 14)), plate, ink, 2)
-    elif surface == "price tag":
-        left, top, right, bottom = box
-        draw.rectangle((0, 0, IMAGE_SIZE, IMAGE_SIZE), choice(rng, SIGNS))
-        corners = [(left + 16, top), (right - 16, top), (right, top + 18), (right, bottom)]
-        draw.polygon([*corners, (left, bottom), (left, top + 18)], choice(rng, TAGS), ink)
-        draw.ellipse((51, top + 4, 60, top + 13), (90, 90, 90), ink)
-    elif surface == "note":
-        if rng.random() < 0.5:
-            draw.rectangle(box, choice(rng, ((255, 245, 150), (255, 255, 255), (220, 240, 255))))
-        for y in range(box[1] + int(rng.integers(8, 22)), box[3], int(rng.integers(14, 24))):
-            draw.line((box[0], y, box[2], y), (190, 205, 225))
-    return image, ink, (edge + 3, IMAGE_SIZE - edge - 3)
-
-
-def draw_text(rng, written, easy):
-    """The picture of a text, and its cells."""
-    image, ink, (left, right) = ground(rng, written.surface, easy)
-    hand = rng.random() < (0.6 if written.surface == "note" else 0.1)
-    face = choice(rng, HANDS) if hand else choice(rng, tuple(FACES))
-    heights = (14, 20) if easy else (11, 17)
-    styles = [fitting(rng, line, face, heights, right - left) for line in written.lines]
-    top, bottom = (24 if written.surface == "price tag" else 8), IMAGE_SIZE - 10
-    room = (bottom - top) / len(styles)  # of a line, with the space around it
-    pitch = rng.uniform(min(room, 1.75 * max(h for _, h in styles)), room)
-    y = top + rng.uniform(0, bottom - top - pitch * len(styles))
-    middle, cells = rng.random() < 0.5, {}
-    for line, (face, height) in zip(written.lines, styles, strict=True):
-        free = right - left - advances(line, face, height)[-1]
-        x = left + (free / 2 if middle else rng.uniform(0, free))
-        y += pitch
-        start = (round(x), round(y - (pitch - height) / 2))
-        for character, cell in write(rng, image, line, face, height, start, ink):
-            cells.setdefault(cell, []).append(character)
-    return image, {cell: characters[:3] for cell, characters in cells.items()}
+# ---------------------------------------------------------------- pictures
 
 
 def page(rng, split):
@@ -311,6 +295,8 @@ def scribble(rng, split):
 def some_text(rng, split, level):
     """A text of any kind, of one to three lines."""
     kinds = (plain, plain, plain, sign, tag, tag, date, note, note, number)
+    if level == "full":
+        kinds = (plain, plain, sign, tag, tag, date, date, note, number, number)
     counts = {"easy": (1, 1, 2), "caption": (1, 2, 3)}.get(level, (1, 2, 2, 2, 3, 3))
     return choice(rng, kinds)(rng, split, choice(rng, counts))
 
@@ -319,10 +305,12 @@ def ocr(rng, split, level):
     if level == "page":
         return page(rng, split)
     written = some_text(rng, split, level)
-    image, cells = draw_text(rng, written, level == "easy")
+    image, cells, faces = draw_text(rng, written, level)
     if level == "caption":
         told = f"a {written.surface} that says {' '.join(written.lines)}"
         turns = [Turn(choice(rng, ASK["caption"]), told, "caption", held_out=bool(written.held))]
     else:
-        turns = converse(rng, list(questions(rng, written)), WEIGHTS[level])
+        turns = list(questions(rng, written))
+        turns += about(rng, written, faces) if level == "full" else []
+        turns = converse(rng, turns, WEIGHTS[level])
     return Drawing(image, turns, cells)
