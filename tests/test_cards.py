@@ -46,13 +46,14 @@ def test_a_models_card_has_its_parameters_and_training(family):
             assert [other["samples"] for other in logs].count(log["samples"]) == 5, name
 
 
-def test_the_data_sets_card_has_its_counts():
+@pytest.mark.parametrize("folder", ("questions", "smol/questions"))
+def test_a_data_sets_card_has_its_counts(folder):
     pq = pytest.importorskip("pyarrow.parquet")
-    _, *tasks = rows("data/benchmark/questions/README.md", "")
+    _, *tasks = rows(f"data/benchmark/{folder}/README.md", "")
     found = {task: [int(validation), int(test)] for task, _, validation, test in tasks}
     counted = {name: [0, 0] for name in found}
     for column, split in enumerate(("validation", "test")):
-        for path in (BENCHMARK / "questions" / split).glob("*.parquet"):
+        for path in (BENCHMARK / folder / split).glob("*.parquet"):
             counted[path.stem][column] = pq.ParquetFile(path).metadata.num_rows
     assert found == counted
 
