@@ -253,9 +253,8 @@ def some_data(rng, split, level, kind, easel):
     while True:
         count = int(rng.integers(low, high + 1))
         top = 100 if kind == "pie chart" else choice(rng, tuple(SCALES))
-        printed = rng.random() < (0.7 if level == "full" else 0.5) or (
-            kind == "pie chart" and level != "full"
-        )
+        often = 0.7 if level == "full" else 0.5
+        printed = rng.random() < often or (kind == "pie chart" and level != "full")
         names = some_names(rng, kind, count, printed, easel)
         values = some_values(rng, kind, len(names), top, printed)
         if split == "test" or not any(map(held, names, values)):

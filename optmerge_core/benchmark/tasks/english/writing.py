@@ -247,18 +247,15 @@ def questions(rng, written):
 def about(rng, written, faces):
     """Turns about the writing itself; faces: of its lines."""
 
-    def ask(kind, answer, **fields):
-        return Turn(choice(rng, ASK[kind]).format(**fields), str(answer), kind)
+    def ask(kind, answer):
+        return Turn(choice(rng, ASK[kind]), str(answer), kind)
 
-    numeric = [
-        kind for kind in ("price", "date", "time", "number", "name") if kind in written.facts
-    ]
-    yield ask("kind", numeric[0] if numeric else "word")
+    kinds = "price", "date", "time", "number", "name"
+    yield ask("kind", next((kind for kind in kinds if kind in written.facts), "word"))
     yield ask("surface", written.surface)
     if len({face in HANDS for face in faces}) == 1:
         yield ask("hand", "handwritten" if faces[0] in HANDS else "printed")
-    everything = " ".join(written.lines)
-    if figures := sum(map(str.isdigit, everything)):
+    if figures := sum(map(str.isdigit, "".join(written.lines))):
         yield ask("digits", figures)
 
 
