@@ -28,6 +28,10 @@ def tsv(task_vectors: Matrices, *, null_directions: str = "zero") -> Matrix:
         filled_svd(matrix, rank, seed=place) if fill else truncated_svd(matrix.double(), rank)
         for place, matrix in enumerate(task_vectors)
     ]
-    U, _ = polar(torch.cat([U for U, _, _ in triplets], dim=1), fill=fill, seed=experts)
-    Vh, _ = polar(torch.cat([Vh for _, _, Vh in triplets]), fill=fill, seed=experts + 1)
-    return (U * torch.cat([S for _, S, _ in triplets]) @ Vh).to(task_vectors.dtype)
+    U, S = torch.cat([U for U, _, _ in triplets], dim=1), torch.cat([S for _, S, _ in triplets])
+    Vh = torch.cat([Vh for _, _, Vh in triplets])
+    if not fill and S.any():  # columns of 0 stay 0, and step 3 grows with their number cubed
+        U, S, Vh = U[:, S > 0], S[S > 0], Vh[S > 0]
+    U, _ = polar(U, fill=fill, seed=experts)
+    Vh, _ = polar(Vh, fill=fill, seed=experts + 1)
+    return (U * S @ Vh).to(task_vectors.dtype)
