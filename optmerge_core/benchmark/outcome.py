@@ -18,7 +18,7 @@ from optmerge_core.study.notebook_page import read_notebook
 SUM, MIXTURE = LABELS["task_arithmetic"], LABELS["mixture"]
 KINDS = ("gentle", "strong")
 LEADS = {
-    "OptMerge beats the base model": ("OptMerge's lead over the base model is", 4),
+    "OptMerge beats the base model": ("OptMerge's lead over the base model is", 9),
     "OptMerge beats the paper's other methods": (
         "OptMerge's lead over the method of the paper that is hardest to beat is", 4),
     "some merged model beats an expert on its own task": (
@@ -95,7 +95,7 @@ def _covers(studies):
     found = [(r, *r.covered()) for r in studies]
     parts = [f"{share:.0f} % {_between(*ends, 0)} on {r.label}" for r, share, *ends in found]
     statement = "Of the way from the base model to the experts on their own tasks OptMerge covers"
-    return _row(statement, parts, studies, studies[0].stem, "05", 3)
+    return _row(statement, parts, studies, studies[0].stem, "05", 3) | {"seeds": 1}
 
 
 def _order(studies, papers):
@@ -104,7 +104,7 @@ def _order(studies, papers):
         f"{_number(x['ρ'], 2)} {_between(x['low'], x['high'], 2)} on {r.label}" for r, x in told
     ]
     statement = "The order of the methods agrees with the paper's by a Spearman's ρ of"
-    return _row(statement, parts, studies, studies[0].stem, "08", 3)
+    return _row(statement, parts, studies, studies[0].stem, "08", 3) | {"seeds": 1}
 
 
 def _direction(studies):
@@ -114,7 +114,8 @@ def _direction(studies):
         f"length on {label}"
         for label, row in matched.items()
     ]
-    asked = max(r.questions for r in studies) // 3  # that section asks every third
+    size = studies[0].recipe.evaluation.test_samples
+    asked = studies[0].questions // size * (size // 3)  # that section asks a third of each task
     statement = "OptMerge's lead over the plain sum is"
     return _row(statement, parts, studies, "tablexx_norm_matched", "05", 6, asked) | {"seeds": 1}
 
@@ -125,20 +126,20 @@ def _cost(studies):
         f"{cost.iloc[0]:.1f} s ({100 * cost.iloc[0] / cost.iloc[-1]:.2g} %) on {label}"
         for label, cost in costs.items()
     ]
-    statement = "Beside the time of training on all tasks' data OptMerge takes"
+    statement = "OptMerge's time, and its share of that of training on all tasks' data, is"
     return _row(statement, parts, studies, "table07_cost", "03", 7, 0) | {"seeds": 0}
 
 
 def _omni(omni):
     scores = omni.scores["Avg"]
     best = scores[[n for n in LABELS.values() if n in scores.index]].idxmax()
-    parts = [f"{scores[BASE]:.1f} % of the base model's and {scores[OPTMERGE]:.1f} % of OptMerge's"]
+    parts = [f"the base model has {scores[BASE]:.1f} %, OptMerge {scores[OPTMERGE]:.1f} %"]
     if omni.by_seed is not None:
         leads = omni.by_seed[OPTMERGE] - omni.by_seed[BASE]
         parts.append(f"by seed a lead of {_number(leads.min())} to {_number(leads.max())} points")
     parts.append(f"the best merge, {best}, has {scores[best]:.1f} %")
     asked = omni.scores.columns.get_loc("one modality") * omni.recipe.evaluation.test_samples
-    statement = "Of the answers about clips to be seen and heard, right are"
+    statement = "Right answers to questions about clips to be seen and heard:"
     return _row(statement, parts, [omni], omni.stem, "04", 6, asked)
 
 
@@ -172,11 +173,14 @@ def advice(studies, comparison):
 
 
 def _choice(results):
-    """Which method, and how much hangs on it."""
-    merges = results.scores["Avg"][[n for n in MERGES if n in results.scores.index]]
+    """Which method by the mean of the training seeds, and how much hangs on it."""
+    seeds = results.by_seed
+    scores = results.scores["Avg"] if seeds is None else seeds.mean()
+    merges = scores[[n for n in MERGES if n in scores.index]]
     parts = [f"{merges.idxmax()}, {merges.max() - merges[SUM]:.1f} points ahead of the plain sum"]
     parts.append(f"all methods lie within {merges.max() - merges.min():.1f} points")
-    return _row(f"Of {results.label} the best is", parts, [results], results.stem, "05", 3)
+    mean = "by the mean of the seeds the best is" if results.seeds > 1 else "the best is"
+    return _row(f"Of {results.label} {mean}", parts, [results], results.stem, "05", 3)
 
 
 def _hours(value):
@@ -189,7 +193,7 @@ def _behind(studies):
         for r in studies
     ]
     statement = "If the data are at hand, train on all of them at once: OptMerge stays behind by"
-    return _row(statement, parts, studies, studies[0].stem, "05", 3)
+    return _row(statement, parts, studies, studies[0].stem, "05", 3) | {"seeds": 1}
 
 
 def linked(outcomes, notebooks, figures, start):

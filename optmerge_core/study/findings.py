@@ -192,10 +192,10 @@ def crowded(diagnosis: Diagnosis, merge: Merge) -> Iterator[Finding]:
     yield Finding(
         "warning" if summing else "note",
         (),
-        f"in a plain sum (λ = {scaling:g}) the other experts add {scaling * others:.1%} of the "
+        f"in a plain sum (λ = {scaling:g}) the other experts add {scaling * others:.2%} of the "
         "base's norm to each.",
-        f"Of the embedded benchmark's {'LoRA' if low_rank else 'fully fine-tuned'} experts every "
-        f"second sum with more than {limit:.0%} fell below the base model.",
+        f"Of the embedded benchmark's {'LoRA' if low_rank else 'fully fine-tuned'} experts half of "
+        f"the sums with more than {limit:.0%} fell below the base model.",
         f"For task_arithmetic search λ around {aim / others:.1g} on validation data; "
         + (
             "weight_average and optmerge with preset: lora stay near the mean, which is safer."

@@ -104,7 +104,7 @@ def test_the_sentences_are_the_tables(results, tmp_path):
     assert "ρ of +1.00 (" in said[6]
     assert "+12.0 points by its direction and 0.0 by its length" in said[7]
     assert "3.0 s (0.5 %) on made" in said[8]
-    assert "50.0 % of the base model's and 70.0 % of OptMerge's; the best merge, Iso-C" in said[9]
+    assert "the base model has 50.0 %, OptMerge 70.0 %; the best merge, Iso-C" in said[9]
     assert table["questions"].tolist() == [200] * 7 + [66, 0, 100]
     text = outcome.linked(table, ROOT / "notebooks", tmp_path, ROOT / "notebooks")
     assert text.startswith("1. Of the way") and text.count("\n") == 10

@@ -49,8 +49,6 @@ def block(results: pd.DataFrame) -> str:
     shared = results[results["computing (%)"].notna()]
     on_a_gpu = results[results["case"] == ON_A_GPU]
     rows = [cells(row) for _, row in pd.concat([shared, on_a_gpu]).iterrows()]
-    if on_a_gpu.empty:
-        rows.append([ON_A_GPU, *[""] * (len(HEADER) - 1)])
     rule = ["---", "---", "--:", "--:", "---", *["--:"] * (len(HEADER) - 5)]
     table = "".join(f"| {' | '.join(row)} |\n" for row in (HEADER, rule, *rows))
     return table + (f"\n{NO_GPU}" if on_a_gpu.empty else "")

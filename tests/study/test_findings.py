@@ -206,11 +206,11 @@ def one_pair(cosine) -> dict:
             "problem: a, b, c: all task vectors point the same way",
         ),
         ({"norm": [1.0, 2.99, 1.0]}, {"norm": [1.0, 3.01, 1.0]}, "warning: b: its task vector is"),
-        ({"others": 0.149}, {"others": 0.151}, "every second sum with more than 15%"),
+        ({"others": 0.149}, {"others": 0.151}, "half of the sums with more than 15%"),
         (
             {"others": 0.079, "rank": 50.0},
             {"others": 0.081, "rank": 50.0},
-            "'s LoRA experts every second sum with more than 8%",
+            "'s LoRA experts half of the sums with more than 8%",
         ),
         ({"rank": 251.0}, {"rank": 249.0}, "Write preset: lora into"),
         (

@@ -11,7 +11,7 @@ from optmerge_core.benchmark.tasks.samples import TASKS
 from optmerge_core.benchmark.training.loop import Collate
 from optmerge_core.evaluation.forgetting import Forgetting
 
-CAPTIONS = 32
+CAPTIONS = 16
 """of each task, drawn from the validation stream"""
 
 
