@@ -149,7 +149,7 @@ def bars(axis, rows, colors):
     for number, (label, row) in enumerate(rows.items()):
         places = np.arange(len(row)) + (number - (len(rows) - 1) / 2) * width
         axis.bar(places, row, width, label=label, color=colors[label])
-    axis.set_xticks(range(len(row)), row.index, rotation=25)
+    axis.set_xticks(range(len(row)), row.index, rotation=25, ha="right", rotation_mode="anchor")
     axis.set(ylim=(0, 100), ylabel="validation accuracy (%)")
     axis.legend(frameon=False, fontsize=8, ncols=len(rows), loc="upper right")
 
