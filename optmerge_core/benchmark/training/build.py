@@ -32,7 +32,7 @@ REGIMES = {  # gentle and strong fine-tuning: two points of Theorem 3.1's trade-
     },
     "qwen2_vl": {"lora": {"learning_rate": 1e-3, "steps": 200, "rank": 8}},
     "smol": {
-        "lora": {"learning_rate": 1e-3, "steps": 60, "rank": 8, "batch": 16},
+        "lora": {"learning_rate": 5e-4, "steps": 60, "rank": 8, "batch": 16},
         "long": {"learning_rate": 2e-3, "steps": 150, "rank": 8, "batch": 16},
     },
 }
