@@ -150,6 +150,7 @@ def interference(
     task_vectors and targets (experts, m, n), subspaces (experts, any, n). An expert that is zero
     has the weight 0.
     """
+    subspaces = fewer_rows(subspaces)
     experts, rows, columns = subspaces.shape
     norms = torch.linalg.vector_norm(task_vectors, dim=(1, 2), keepdim=True)
     norms = torch.where(norms > 0, norms, torch.inf)
@@ -167,6 +168,33 @@ def interference(
         D += TLL
         constant += torch.sum(Ti * TLL).item()
     return Interference(D, C, False, terms, constant)
+
+
+def fewer_rows(
+    subspaces: Float[Tensor, "experts _ n"], tolerance: float = 1e-6
+) -> Float[Tensor, "experts _ n"]:
+    """The same LᵢᵀLᵢ with fewer rows, (experts, r, n), where two products with all L then pay.
+
+    Lᵢ of rank r is Q (QᵀLᵢ), with Q an orthonormal basis of its columns: those of Lᵢ Ω, Ω random,
+    of which only r are independent (Halko et al., arXiv 0909.4061). What is left over must be below
+    `tolerance` of Lᵢ, or `subspaces` comes back as it is; LᵢᵀLᵢ is then right to its square.
+    """
+    experts, rows, columns = subspaces.shape
+    most = (columns - 1) // (2 * experts)
+    if rows <= most or not most:
+        return subspaces
+    drawn = torch.randn(columns, most, generator=torch.Generator().manual_seed(0))
+    omega, written = drawn.to(subspaces.device, torch.float64), []
+    for L in subspaces:
+        Q, R = torch.linalg.qr(L.double() @ omega)
+        size = R.diagonal().abs()
+        Q = Q[:, : max(1, int((size > tolerance * size.amax()).sum()))]
+        short = Q.mT @ L.double()
+        left_over = torch.linalg.vector_norm(L.double() - Q @ short)
+        if left_over > tolerance * torch.linalg.vector_norm(L):
+            return subspaces
+        written.append(short.to(L))
+    return torch.nn.utils.rnn.pad_sequence(written, batch_first=True)
 
 
 def adam(

@@ -7,7 +7,7 @@ from cases import CASES, DTYPES, TOLERANCE, distance, experts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optmerge_core.methods.interference import interference
+from optmerge_core.methods.interference import fewer_rows, interference
 from optmerge_core.methods.optmerge import PRESETS, optmerge, targets_and_subspaces
 from optmerge_core.methods.registry import METHODS
 from optmerge_core.methods.wudi import wudi
@@ -111,6 +111,29 @@ def test_the_products_are_the_cheaper_ones(rows, factored):
     assert form.in_factors
     assert distance(gradient, 2 * (tau @ form.C - form.D)) < 1e-9
     assert loss == pytest.approx((tau * (tau @ form.C - 2 * form.D)).sum().item() + form.constant)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_experts_of_low_rank_have_few_rows_and_the_same_gram_matrix(dtype):
+    low = (experts((40, 3), count=2) @ experts((3, 60), count=2, seed=1)).to(dtype)
+    low[0, 5] *= 1e-3  # of any size
+    before, written = low.clone(), fewer_rows(low)
+    assert written.shape[1] < 2 * 60 / 8 and written.dtype == dtype
+    assert distance(written.mT @ written, low.mT @ low) < TOLERANCE[dtype]
+    assert torch.equal(low, before), "it is left as it was"
+    form = interference(low, low, low)
+    assert form.in_factors and form.factored
+    tau = experts((40, 60), count=1, seed=2)[0].to(dtype)
+    loss = reference.interference_loss(tau, low, low, low)
+    assert form.loss(tau) == pytest.approx(loss.item(), rel=TOLERANCE[dtype])
+
+
+def test_experts_of_full_rank_or_a_little_noise_are_left_as_they_are():
+    noise = 1e-4 * experts((40, 60), count=2, seed=2)
+    full, low = experts((40, 60), count=2), experts((40, 3), count=2) @ experts((3, 60), count=2)
+    assert fewer_rows(full) is full and (noisy := low + noise) is fewer_rows(noisy)
+    zero = torch.zeros_like(low)
+    assert torch.equal(fewer_rows(zero), zero[:, :1])
 
 
 @pytest.mark.parametrize("shape", [(40, 21), (4, 21)], ids=["tall", "wide"])
