@@ -25,7 +25,10 @@ WRITTEN = {
     "retrained_dir": "runs/{}/retrained",
 }
 """Folder that a notebook writes -> its place in the repository where none is given."""
-READ = {"omni_dir": ("figures/omni", "table05_modalities.csv", "04_omni_composition")}
+READ = {
+    "omni_dir": ("figures/omni", "table05_modalities.csv", "04_omni_composition"),
+    "smol_dir": ("figures/smol", "tablexx_claims.csv", "05_evaluation"),
+}
 """Folder that one reads -> its place, a file that must be there, the notebook that writes it."""
 
 
@@ -50,6 +53,9 @@ def checked(
         _check_value(name, value)
     several = "recipes" in given
     paths = [_found(path) for path in (given["recipes"] if several else [given["recipe"]])]
+    if "smol" in given:
+        given["smol"] = _found(given["smol"])
+        _check_recipe(given["smol"], read_recipe(given["smol"]), merges, True)
     recipes = [read_recipe(path) for path in paths]
     for path, recipe in zip(paths, recipes, strict=True):
         _check_recipe(path, recipe, merges, questions)

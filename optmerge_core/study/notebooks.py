@@ -22,7 +22,7 @@ from optmerge_core.places import checkout
 from optmerge_core.study.agreement import agreement, committed, keep
 from optmerge_core.study.index_page import write_contents, write_index
 from optmerge_core.study.notebook_page import read_notebook
-from optmerge_core.study.recipe import load_recipe
+from optmerge_core.study.recipe import RecipeError, load_recipe
 
 
 class NotebookError(ChildProcessError):
@@ -44,7 +44,9 @@ def run(
     notebooks' folder, in which it runs as it does in JupyterLab. It runs on recipes that merge what
     its own does, capabilities or modalities. One whose parameters are `recipes` and `figure_dirs`
     compares: it runs once, after all others, on several recipes that merge capabilities, and is
-    given the figures of the last that merges modalities if it has a parameter `omni_dir`.
+    given the figures of the last that merges modalities if it has a parameter `omni_dir`. One that
+    sets a study of its own beside them, `smol`, is left out, and that said, where that one's models
+    are not built.
 
     Beside each study's executed copies lies `index.html`, which shows its notebooks, figures and
     tables; it is written anew after every notebook. Of several recipes in `output_dir`, one more
@@ -97,7 +99,8 @@ def _run_studies(
         figures[name] = folders(name)[0]
         executed += (done := _run_all(name, alone, given, *folders(name), [path]))
         compared |= {name: done} if merges == "capabilities" else {}
-    if len(compared) > 1 and comparing:
+    comparing = [n for n in comparing if len(compared) > 1 and _brings_its_study(n)]
+    if comparing:
         recipes = [studies[name][0] for name in compared]
         given = {
             "recipes": [_relative(path, folder) for path in recipes],
@@ -106,6 +109,7 @@ def _run_studies(
         }
         others = [figures[name] for name in studies if name not in compared]
         given |= {"omni_dir": _relative(others[-1], folder)} if others else {}
+        given |= {"smol_dir": _relative(figures["smol"], folder)} if "smol" in figures else {}
         executed += _run_all(
             "comparison", comparing, given, *folders("comparison"), recipes, executed
         )
@@ -216,6 +220,16 @@ def _merges(notebook: Path) -> str:
     """What the notebook's own recipe merges, "capabilities" where it names none that is there."""
     own = notebook.parent / (_parameter(notebook, "recipe") or "").strip("'\"")
     return load_recipe(own).merges if own.is_file() else "capabilities"
+
+
+def _brings_its_study(notebook: Path) -> bool:
+    """Whether the models of the recipe `smol` are there, if the notebook has that parameter."""
+    beside = (_parameter(notebook, "smol") or "").strip("'\" ")
+    try:
+        return not beside or bool(load_recipe(notebook.parent / beside))
+    except RecipeError as error:
+        print(f"{notebook.name} is left out: {error}")
+        return False
 
 
 def _execute(notebook: Path, copy: Path, parameters: dict[str, Any]) -> None:

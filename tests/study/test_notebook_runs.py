@@ -230,6 +230,27 @@ def test_a_notebook_that_compares_is_given_the_modalities_figures_if_it_asks(stu
     assert given[1]["omni_dir"] == "../out/omni/figures"
 
 
+def test_a_notebook_that_brings_a_study_is_left_out_where_that_is_not_built(
+    study, instant, capsys
+):
+    (study / "other.yaml").write_text(STUDY)
+    text = 'recipes = []\nfigure_dirs = []\nsmol = "../data/smol.yaml"\nsmol_dir = None'
+    cell = nbformat.v4.new_code_cell(text, metadata={"tags": ["parameters"]}, id="0")
+    notebook = nbformat.v4.new_notebook(cells=[cell])
+    nbformat.write(notebook, study / "notebooks" / "07_real.ipynb")
+    run(["study.yaml", "other.yaml"], "out", "cpu", "notebooks")
+    assert instant == ["00", "01"] * 2
+    assert "07_real.ipynb is left out: " in capsys.readouterr().out
+    smol = STUDY.replace("name: study", "name: smol")
+    for path in (study / "data" / "smol.yaml", study / "smol.yaml"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(smol)
+    *_, copy = run(["study.yaml", "smol.yaml"], "new", "cpu", "notebooks")
+    given = nbformat.read(copy, 4).metadata["papermill"]["parameters"]
+    assert copy.stem == "07_real" and given["smol_dir"] == "../new/smol/figures"
+    assert "smol" not in given
+
+
 def test_two_recipes_of_one_name(study, instant):
     with pytest.raises(ValueError, match="the name 'study' is study.yaml's too"):
         run(["study.yaml", "study.yaml"], "out", "cpu", "notebooks")
