@@ -25,9 +25,10 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from optmerge_core.methods.contract import Matrices, Matrix, check_choice, check_share
-from optmerge_core.methods.svd import eigenpairs, gram
+from optmerge_core.methods.svd import eigenpairs, gram, truncated_svd
 
 OnStep = Callable[[int, float, float], None] | None
+OVERSAMPLED = 8  # random columns beyond the rank
 
 
 @dataclass(frozen=True)
@@ -176,8 +177,9 @@ def fewer_rows(
     """The same LᵢᵀLᵢ with fewer rows, (experts, r, n), where two products with all L then pay.
 
     Lᵢ of rank r is Q (QᵀLᵢ), with Q an orthonormal basis of its columns: those of Lᵢ Ω, Ω random,
-    of which only r are independent (Halko et al., arXiv 0909.4061). What is left over must be below
-    `tolerance` of Lᵢ, or `subspaces` comes back as it is; LᵢᵀLᵢ is then right to its square.
+    of which only r are independent, and some more against rounding (Halko et al., arXiv 0909.4061).
+    What is left over must be below `tolerance` of Lᵢ, or `subspaces` comes back as it is; LᵢᵀLᵢ is
+    then right to its square.
     """
     experts, rows, columns = subspaces.shape
     most = (columns - 1) // (2 * experts)
@@ -185,15 +187,17 @@ def fewer_rows(
         return subspaces
     drawn = torch.randn(columns, most, generator=torch.Generator().manual_seed(0))
     omega, written = drawn.to(subspaces.device, torch.float64), []
-    for L in subspaces:
-        Q, R = torch.linalg.qr(L.double() @ omega)
+    for subspace in subspaces:
+        L = subspace.double()
+        Q, R = torch.linalg.qr(L @ omega)
         size = R.diagonal().abs()
-        Q = Q[:, : max(1, int((size > tolerance * size.amax()).sum()))]
-        short = Q.mT @ L.double()
-        left_over = torch.linalg.vector_norm(L.double() - Q @ short)
-        if left_over > tolerance * torch.linalg.vector_norm(L):
+        Q = Q[:, : int((size > tolerance * size.amax()).sum()) + OVERSAMPLED]
+        short = Q.mT @ L
+        if torch.linalg.vector_norm(L - Q @ short) > tolerance * torch.linalg.vector_norm(L):
             return subspaces
-        written.append(short.to(L))
+        _, S, Vh = truncated_svd(short)
+        kept = tolerance * S.amax() <= S
+        written.append((S[kept].unsqueeze(-1) * Vh[kept]).to(subspace))
     return torch.nn.utils.rnn.pad_sequence(written, batch_first=True)
 
 

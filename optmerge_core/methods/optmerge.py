@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from optmerge_core.methods.contract import Matrices, Matrix, check_choice, check_share, merge_method
-from optmerge_core.methods.interference import Descent, OnStep, minimise_interference
+from optmerge_core.methods.interference import Descent, OnStep, fewer_rows, minimise_interference
 from optmerge_core.methods.svd import low_rank, row_space
 
 
@@ -100,7 +100,8 @@ def targets_and_subspaces(
         return task_vectors - mean if center else task_vectors
 
     def directions(center: bool) -> Float[Tensor, "experts _ n"]:
-        return matrices(center) if whole else row_space(matrices(center), rank)
+        short = fewer_rows(matrices(center))
+        return short if whole or short.shape[1] <= rank else row_space(short, rank)
 
     one_svd = settings.subspace == ("centered" if center else "uncentered")
     if one_svd and as_seen:

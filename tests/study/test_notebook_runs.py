@@ -230,9 +230,7 @@ def test_a_notebook_that_compares_is_given_the_modalities_figures_if_it_asks(stu
     assert given[1]["omni_dir"] == "../out/omni/figures"
 
 
-def test_a_notebook_that_brings_a_study_is_left_out_where_that_is_not_built(
-    study, instant, capsys
-):
+def test_a_notebook_that_brings_a_study_is_left_out_where_that_is_not_built(study, instant, capsys):
     (study / "other.yaml").write_text(STUDY)
     text = 'recipes = []\nfigure_dirs = []\nsmol = "../data/smol.yaml"\nsmol_dir = None'
     cell = nbformat.v4.new_code_cell(text, metadata={"tags": ["parameters"]}, id="0")
