@@ -18,7 +18,7 @@ from optmerge_core.evaluation.questions import load_split, own_tasks, tasks_of
 from optmerge_core.study.open import open_study
 from optmerge_core.study.recipe import load_recipe
 
-RATES = (2e-4, 5e-4, 1e-3)
+RATES = (5e-4, 1e-3, 2e-3)
 
 
 def main(recipe, output, rates=RATES):
