@@ -187,11 +187,18 @@ def fewer_rows(
         return subspaces
     drawn = torch.randn(columns, most, generator=torch.Generator().manual_seed(0))
     omega, written = drawn.to(subspaces.device, torch.float64), []
-    for subspace in subspaces:
-        L = subspace.double()
-        Q, R = torch.linalg.qr(L @ omega)
+
+    def basis(L: Float[Tensor, "m n"]) -> tuple[Float64[Tensor, "m k"], int]:
+        """Of the columns of L Ω, and how many are independent."""
+        Q, R = torch.linalg.qr(L.double() @ omega)
         size = R.diagonal().abs()
-        Q = Q[:, : int((size > tolerance * size.amax()).sum()) + OVERSAMPLED]
+        return Q, int((size > tolerance * size.amax()).sum())
+
+    for subspace in subspaces:
+        if basis(subspace[:: max(1, rows // (2 * most))])[1] == most:
+            return subspaces  # some of its rows alone have too high a rank
+        L, (Q, rank) = subspace.double(), basis(subspace)
+        Q = Q[:, : rank + OVERSAMPLED]
         short = Q.mT @ L
         if torch.linalg.vector_norm(L - Q @ short) > tolerance * torch.linalg.vector_norm(L):
             return subspaces
