@@ -1,8 +1,8 @@
 """What a notebook's first cell checks before anything slow begins; nothing here imports torch.
 
-A path that is read (`recipe`, `figure_dirs`, `omni_dir`) is looked for from the working directory,
-then from the repository's notebooks/. A path that is written is the working directory's. One that
-is None is the repository's, wherever the kernel works: figures/<name of the recipe>,
+A path that is read (`recipe`, `smol`, `figure_dirs`, `omni_dir`) is looked for from the working
+directory, then from the repository's notebooks/. A path that is written is the working directory's.
+One that is None is the repository's, wherever the kernel works: figures/<name of the recipe>,
 runs/<name>/merged.
 """
 
@@ -25,10 +25,7 @@ WRITTEN = {
     "retrained_dir": "runs/{}/retrained",
 }
 """Folder that a notebook writes -> its place in the repository where none is given."""
-READ = {
-    "omni_dir": ("figures/omni", "table05_modalities.csv", "04_omni_composition"),
-    "smol_dir": ("figures/smol", "tablexx_claims.csv", "05_evaluation"),
-}
+READ = {"omni_dir": ("figures/omni", "table05_modalities.csv", "04_omni_composition")}
 """Folder that one reads -> its place, a file that must be there, the notebook that writes it."""
 
 
@@ -118,7 +115,7 @@ def _check_value(name: str, value: Any) -> None:
         asked = "give a list of paths"
     else:
         valid = text or value is None and name in WRITTEN.keys() | READ.keys()
-        asked = "give a path" + " or None" * (name != "recipe")
+        asked = "give a path" + " or None" * (name not in ("recipe", "smol"))
     if not valid:
         raise ValueError(f"{name} = {value!r}: {asked}")
     if str(value).startswith("cuda"):

@@ -109,7 +109,6 @@ def _run_studies(
         }
         others = [figures[name] for name in studies if name not in compared]
         given |= {"omni_dir": _relative(others[-1], folder)} if others else {}
-        given |= {"smol_dir": _relative(figures["smol"], folder)} if "smol" in figures else {}
         executed += _run_all(
             "comparison", comparing, given, *folders("comparison"), recipes, executed
         )
