@@ -12,7 +12,7 @@ BEARTYPE = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 install_import_hook("optmerge_core.methods", BEARTYPE)
 
 EXPERTS = ("chart", "ocr", "vqa")
-SLOW_NOTEBOOKS = ("03", "04", "05", "06", "playground")
+SLOW_NOTEBOOKS = ("03", "04", "05", "06", "07", "playground")
 """How the names of those begin that take a minute or more, and so do their solutions."""
 
 

@@ -16,6 +16,7 @@ EXPECTED = {
     "04_omni_composition",
     "05_evaluation",
     "06_when_merging_works",
+    "07_real_language_model",
     "08_what_came_out",
     "playground",
 }

@@ -33,6 +33,8 @@ SENTENCES = {
     "figxx_samples": "Four questions of each task, with the answers that count as right.",
     "figxx_scaling": "Validation accuracy of every method against the scaling coefficient.",
     "figxx_seeds": "Average test accuracy of every method, one dot for each training seed.",
+    "figxx_smol_forgetting": "Right answers against what was forgotten of SmolLM2's next words.",
+    "figxx_smol_lengths": "Validation accuracy against the length of the merged task vector.",
     "figxx_spectra": "Singular values of the task vectors: a steep fall means few directions.",
     "figxx_subsets": "Accuracy with every subset of the inputs; outlined is what a question needs.",
     "figxx_training_loss": "The loss of each training run, over the share of its steps.",

@@ -109,6 +109,8 @@ def test_folders_follow_the_recipe_and_given_ones_the_working_directory(tmp_path
         ("06_when_merging_works", "recipes = []", "give a list of paths"),
         ("06_when_merging_works", "figure_dirs = ['x']", "1 folders for 2 recipes"),
         ("06_when_merging_works", "figure_dirs = ['x', 'y']", "x has no tablexx_claims.csv: run"),
+        ("07_real_language_model", "smol = 'no.yaml'", "no.yaml: cannot be read"),
+        ("07_real_language_model", "smol = None", "smol = None: give a path$"),
         ("08_what_came_out", "omni_dir = 'x'", "x has no table05_modalities.csv: run notebook 04"),
         ("08_what_came_out", "omni_dir = ''", "omni_dir = '': give a path or None"),
         ("08_what_came_out", "output_dir = 'x'", "x has no table06_different_makers.csv: run"),
