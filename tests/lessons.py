@@ -44,7 +44,7 @@ def minutes(path: Path) -> tuple[int, int]:
 def said(path: Path) -> str:
     """The sentence of a notebook's first cell."""
     core, whole = minutes(path)
-    if not any(sections(path).values()):
+    if core == whole:
         return f"**Time.** {whole} minutes, all of it core."
     return f"**Time.** {core} minutes for the core, {whole} with the appendices."
 
